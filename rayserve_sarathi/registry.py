@@ -1,0 +1,19 @@
+"""Look up an implementation by its short name, importing it only then."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from rayserve_sarathi.errors import ConfigError
+
+
+def load(kind: str, name: str, table: Mapping[str, str]) -> Any:
+    """Return the object that `table[name]` ("package.module:attribute") names.
+
+    Raises:
+        ConfigError: `name` is not in the table; the message lists the names that are.
+    """
+    if name not in table:
+        raise ConfigError(f"unknown {kind} {name!r}; use one of {sorted(table)}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -180,7 +180,7 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any], *, path: str) -
             hint = f"did you mean {path}{nearest[0]}?" if nearest else f"use one of {sorted(valid)}"
             raise ConfigError(f"unknown setting {path}{key}; {hint}")
         if is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _refuse_unknown_keys(hints[key], value, path=f"{path}{key}.")  # type: ignore[arg-type]  # a class, not an instance
+            _refuse_unknown_keys(hints[key], value, path=f"{path}{key}.")
 
 
 def _check_at_least(name: str, value: int, low: int) -> None:

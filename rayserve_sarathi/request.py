@@ -120,8 +120,6 @@ class RequestOutput(NamedTuple):
     token_ids: tuple[int, ...] = ()
     """New tokens; a token that ended the request (end of sequence, stop token) is included."""
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
-    """The entry of `stop_token_ids` that ended the request; None for an end-of-sequence token."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """With the first output of a request that asked: one entry for each prompt token but the first."""
@@ -155,11 +153,12 @@ class Request:
         "eos_token_ids",
         "first_scheduled_s",
         "first_token_s",
+        "has_extras",
         "is_aborted",
         "last_token_s",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_in_flight_steps",
         "num_in_flight_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -195,10 +194,12 @@ class Request:
         self.token_ids = array("i", prompt_token_ids)
         self.token_ids.extend(output_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + sampling.max_tokens
+        """Tokens it has when it stops at the latest."""
         self.num_computed_tokens = 0
         """Tokens whose KV is in the cache, as far as steps that have returned tell."""
         self.num_in_flight_tokens = 0
-        self.num_in_flight_steps = 0
+        """Tokens in steps that have not returned; above 0, the request is in flight."""
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.is_aborted = False
@@ -211,6 +212,8 @@ class Request:
         """Hash of each full block of `token_ids`, chained from the first; the block manager writes it."""
         self.sampling_row = b""
         """`sampling` in the packed form of `step.SAMPLING_DTYPE`; the scheduler sets it."""
+        self.has_extras = False
+        """Whether a step needs more of it than `sampling_row`; the scheduler sets it."""
         self.prompt_logprobs: list[TokenLogprobs] = []
 
         self.first_scheduled_s: float | None = None
@@ -231,11 +234,6 @@ class Request:
     def num_scheduled_tokens(self) -> int:
         """Tokens that are computed or in flight: where the next chunk begins."""
         return self.num_computed_tokens + self.num_in_flight_tokens
-
-    @property
-    def max_num_tokens(self) -> int:
-        """Tokens it has when it stops at the latest."""
-        return self.num_prompt_tokens + self.sampling.max_tokens
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,1 @@
+"""Paged KV blocks: which request owns which, and which are shared."""

@@ -1,0 +1,157 @@
+"""What the scheduler counts, in plain numbers; rendered in Prometheus's text format on demand.
+
+Values are observed in batches (one call a step, not one a token), which prometheus_client's own histograms cannot do;
+its exposition is used as it is.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_PREFIX = "sarathi_"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class Histogram:
+    """Counts of values up to each bound."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many values were observed."""
+        return sum(self._counts)
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def observe_all(self, values: Sequence[float]) -> None:
+        """Count many values; those of one step are mostly equal, so each different one is looked up once."""
+        for value, count in Counter(values).items():
+            self._counts[bisect_left(self._bounds, value)] += count
+            self._sum += value * count
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return Prometheus's cumulative buckets."""
+        total, buckets = 0, []
+        for bound, count in zip((*map(str, map(float, self._bounds)), "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        return buckets
+
+    @property
+    def sum(self) -> float:
+        """Sum of the values."""
+        return self._sum
+
+
+def _seconds() -> Histogram:
+    return Histogram(_SECONDS)
+
+
+@dataclass(eq=False)
+class SchedulerMetrics:
+    """Counters and histograms of one scheduler, which owns them.
+
+    started = finished (all reasons) + running + waiting, at any time.
+    """
+
+    num_started: int = 0
+    num_finished: dict[str, int] = field(default_factory=dict)
+    """By finish reason."""
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_prefix_cache_queries: int = 0
+    """Tokens looked up in the prefix cache."""
+    num_prefix_cache_hits: int = 0
+    """Tokens found there."""
+    time_to_first_token_s: Histogram = field(default_factory=_seconds)
+    inter_token_latency_s: Histogram = field(default_factory=_seconds)
+    e2e_request_latency_s: Histogram = field(default_factory=_seconds)
+    request_queue_time_s: Histogram = field(default_factory=_seconds)
+    request_prefill_time_s: Histogram = field(default_factory=_seconds)
+    request_decode_time_s: Histogram = field(default_factory=_seconds)
+    iteration_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerState:
+    """Where a scheduler stands now."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage: float
+    prefill_backlog_tokens: int
+    num_steps_in_flight: int
+    token_budget: int
+
+
+class _SchedulerCollector(Collector):
+    def __init__(self, metrics: SchedulerMetrics, state: SchedulerState, labels: dict[str, str]) -> None:
+        self._metrics = metrics
+        self._state = state
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        metrics, state = self._metrics, self._state
+        yield self._gauge("num_requests_running", "Requests being computed", state.num_requests_running)
+        yield self._gauge("num_requests_waiting", "Requests that wait", state.num_requests_waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1", state.kv_cache_usage)
+        yield self._gauge("prefill_backlog_tokens", "Tokens of prompts not yet computed", state.prefill_backlog_tokens)
+        yield self._gauge("num_steps_in_flight", "Steps submitted and not returned", state.num_steps_in_flight)
+        yield self._gauge("token_budget", "Most tokens in a step", state.token_budget)
+        yield self._counter("request_started", "Requests accepted", metrics.num_started)
+        success = CounterMetricFamily(
+            f"{_PREFIX}request_success", "Requests ended", labels=[*self._labels, "finished_reason"]
+        )
+        for reason, count in sorted(metrics.num_finished.items()):
+            success.add_metric([*self._labels.values(), reason], count)
+        yield success
+        yield self._counter("num_preemptions", "Requests preempted", metrics.num_preemptions)
+        yield self._counter("recomputed_tokens", "Tokens computed again", metrics.num_recomputed_tokens)
+        yield self._counter("prompt_tokens", "Prompt tokens computed or found in the cache", metrics.num_prompt_tokens)
+        yield self._counter("generation_tokens", "Tokens generated", metrics.num_generation_tokens)
+        yield self._counter("prefix_cache_queries", "Tokens looked up", metrics.num_prefix_cache_queries)
+        yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache", metrics.num_prefix_cache_hits)
+        yield self._histogram("time_to_first_token_seconds", "Arrival to first token", metrics.time_to_first_token_s)
+        yield self._histogram("inter_token_latency_seconds", "Between two tokens", metrics.inter_token_latency_s)
+        yield self._histogram("e2e_request_latency_seconds", "Arrival to end", metrics.e2e_request_latency_s)
+        yield self._histogram("request_queue_time_seconds", "Arrival to first step", metrics.request_queue_time_s)
+        yield self._histogram("request_prefill_time_seconds", "First step to token", metrics.request_prefill_time_s)
+        yield self._histogram("request_decode_time_seconds", "First token to end", metrics.request_decode_time_s)
+        yield self._histogram("iteration_tokens_total", "Tokens in a step", metrics.iteration_tokens)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(_PREFIX + name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(_PREFIX + name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(_PREFIX + name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), histogram.buckets(), histogram.sum)
+        return family
+
+
+def render(metrics: SchedulerMetrics, state: SchedulerState, *, model_name: str, pipeline: str) -> str:
+    """Return the metrics of one pipeline in Prometheus's text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_SchedulerCollector(metrics, state, {"model_name": model_name, "pipeline": pipeline}))
+    return generate_latest(registry).decode()

@@ -1,0 +1,461 @@
+"""The scheduler: queues, admission, preemption, steps in flight and progress. A policy fills in which tokens to take.
+
+It follows the public description of Sarathi-Serve (OSDI'24, section 4) with the unified token accounting of vLLM V1:
+a request has `num_computed_tokens`, which catches up with `num_tokens`, and nothing else tells prefill from decode.
+
+Order. `order` numbers requests as they arrive. `running` and the preempted are sorted by it, and no request is admitted
+before an older one, so the oldest request is always at the front and is never preempted: it always progresses.
+"""
+
+from abc import ABC, abstractmethod
+from bisect import insort
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from rayserve_sarathi.config import SchedulerConfig
+from rayserve_sarathi.errors import ContextLengthError, OverloadedError
+from rayserve_sarathi.kv.block_manager import BlockManager
+from rayserve_sarathi.metrics import SchedulerMetrics, SchedulerState
+from rayserve_sarathi.request import FinishReason, Request, RequestOutput
+from rayserve_sarathi.scheduling.packing import build_step_input, has_extras
+from rayserve_sarathi.step import StepInput, StepOutput, pack_sampling
+
+_new_tuple = tuple.__new__
+
+Chunks = dict[Request, int]
+"""Tokens to compute of each request."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    decodes: list[Request]
+    prefills: Chunks
+    sampled_prefills: list[Request]
+
+
+class Scheduler(ABC):
+    """The only owner of requests.
+
+    Args:
+        config: Limits of a step and of the queues.
+        block_manager: The KV blocks, which it takes over.
+        max_model_len: Most tokens of a request; the KV pool must hold as many.
+        vocab_size: Sampled token ids are below it.
+        max_steps_in_flight: Steps that may be submitted before the first returns.
+        epoch: Generation of the pipeline that the steps are for.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        max_steps_in_flight: int = 1,
+        epoch: int = 0,
+    ) -> None:
+        num_slots = block_manager.num_blocks * block_manager.block_size
+        assert num_slots >= max_model_len, f"{num_slots} KV slots cannot hold a request of {max_model_len} tokens"
+        self.config = config
+        self.metrics = SchedulerMetrics()
+        self._blocks = block_manager
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._max_steps_in_flight = max_steps_in_flight
+        self._epoch = epoch
+        self._requests: dict[str, Request] = {}
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
+        self._preempted: list[Request] = []
+        self.running: list[Request] = []
+        self._in_flight: OrderedDict[int, _StepInFlight] = OrderedDict()
+        self._num_steps = 0
+        self._recent_finishes_s: deque[float] = deque(maxlen=64)
+        self._just_preempted = False
+        self._now_s = 0.0
+
+    # What its owner calls.
+
+    def check_capacity(self, num_requests: int) -> None:
+        """Return if the queue has room for `num_requests` more.
+
+        Raises:
+            OverloadedError: It has not; `retry_after_s` is when half of it will have left at the present rate.
+        """
+        num_waiting, limit = len(self._waiting), self.config.max_num_waiting
+        if num_waiting + num_requests > limit:
+            raise OverloadedError(
+                f"{num_waiting} requests are waiting and at most {limit} may; try again later",
+                retry_after_s=self._retry_after_s(),
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it is the scheduler's from now on.
+
+        Raises:
+            ContextLengthError: It is longer than the model's context.
+            OverloadedError: The queue is full.
+        """
+        if request.max_num_tokens > self._max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self._max_model_len} tokens. However, you requested"
+                f" {request.max_num_tokens} tokens ({request.num_prompt_tokens} in the prompt,"
+                f" {request.sampling.max_tokens} for the completion).",
+                param="max_tokens",
+            )
+        self.check_capacity(1)
+        assert request.request_id not in self._requests, f"{request.request_id} is here already"
+        request.order = self.metrics.num_started
+        request.sampling_row = pack_sampling(request.sampling)
+        request.has_extras = has_extras(request.sampling)
+        self._blocks.hash_blocks(request)
+        self._requests[request.request_id] = request
+        self._waiting[request.request_id] = request
+        self.metrics.num_started += 1
+
+    def abort(self, request_id: str) -> bool:
+        """End a request in any phase; its blocks are free at once, or when its steps in flight have returned.
+
+        Returns:
+            Whether it was there; a request that has ended is not.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._finish(request, FinishReason.ABORT)
+        return True
+
+    def schedule(self, now_s: float) -> StepInput | None:
+        """Make the next step, which then is in flight until `update`.
+
+        Returns:
+            None if there is nothing to compute, or as many steps in flight as there may be.
+        """
+        if len(self._in_flight) >= self._max_steps_in_flight:
+            return None
+        self._just_preempted = False
+        self._now_s = now_s
+        decodes, prefills = self.choose()
+        if not decodes and not prefills:
+            return None
+        # The sort puts single tokens before longer chunks, as kernels take them together with the decodes.
+        prefills = dict(sorted(prefills.items(), key=_is_long))
+        sampled_prefills = [
+            request
+            for request, num_new in prefills.items()
+            if request.num_scheduled_tokens + num_new == request.num_tokens
+        ]
+        step = build_step_input(decodes, prefills, sampled_prefills, step_id=self._num_steps, epoch=self._epoch)
+        for request in decodes:
+            request.num_in_flight_tokens = 1
+        for request, num_new in prefills.items():
+            request.num_in_flight_tokens += num_new
+        self._in_flight[step.step_id] = _StepInFlight(decodes, prefills, sampled_prefills)
+        self._num_steps += 1
+        self.metrics.iteration_tokens.observe(step.num_tokens)
+        return step
+
+    def update(self, step_output: StepOutput, now_s: float) -> list[RequestOutput]:
+        """Take the result of the oldest step in flight: advance its requests, end those that are done.
+
+        A result that cannot be right (wrong shape, token outside of the vocabulary) fails the requests of its step.
+        """
+        step_id, epoch = step_output.step_id, step_output.epoch
+        oldest = (next(iter(self._in_flight), None), self._epoch)
+        assert (step_id, epoch) == oldest, f"step {step_id} of epoch {epoch} came back, but the oldest is {oldest}"
+        step = self._in_flight.pop(step_id)
+        num_decodes = len(step.decodes)
+        error = step_output.error or self._find_fault(step_output, num_decodes + len(step.sampled_prefills))
+        if error is not None:
+            return self._fail_step(step, error, now_s)
+        token_ids = step_output.token_ids.tolist()
+        if step_output.prompt_logprobs:
+            requests = [*step.decodes, *step.prefills]
+            for index, entries in step_output.prompt_logprobs.items():
+                requests[index].prompt_logprobs.extend(entries)
+        outputs = self._update_decodes(step.decodes, token_ids, now_s)
+        token_of = dict(zip(step.sampled_prefills, token_ids[num_decodes:], strict=True))
+        outputs += self._update_prefills(step.prefills, token_of, now_s)
+        return _attach_logprobs(outputs, step, step_output) if step_output.logprobs else outputs
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request waits, runs or is in flight."""
+        return bool(self._requests or self._in_flight)
+
+    def state(self) -> SchedulerState:
+        """Return where it stands; costs time proportional to the requests."""
+        return SchedulerState(
+            num_requests_running=len(self.running),
+            num_requests_waiting=len(self._waiting) + len(self._preempted),
+            kv_cache_usage=self._blocks.usage,
+            prefill_backlog_tokens=sum(
+                max(request.num_tokens - request.num_scheduled_tokens, 0) for request in self._requests.values()
+            ),
+            num_steps_in_flight=len(self._in_flight),
+            token_budget=self.config.token_budget,
+        )
+
+    def request_ids(self) -> Iterator[str]:
+        """Yield the ids of the requests that have not ended."""
+        yield from self._requests
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queues, blocks and steps in flight agree; costs time proportional to the pool."""
+        in_flight = {request for step in self._in_flight.values() for request in (*step.decodes, *step.prefills)}
+        self._blocks.check_integrity(list({*self._requests.values(), *in_flight}))
+        queued = [*self.running, *self._preempted, *self._waiting.values()]
+        assert {request.request_id for request in queued} == set(self._requests), "a request is in no queue, or in two"
+        assert len(queued) == len(self._requests), "a request is in two queues"
+        for requests in (self.running, self._preempted):
+            assert requests == sorted(requests, key=_order), "a queue is out of order"
+        assert all(request.num_in_flight_tokens == 0 for request in self._preempted), "preempted in flight"
+
+    # What a policy fills in, and what it builds from.
+
+    @abstractmethod
+    def choose(self) -> tuple[list[Request], Chunks]:
+        """Return what to compute next: requests that decode a token each, and chunks of requests in prefill.
+
+        Blocks for them are allocated already. Both empty means that there is nothing to compute now.
+        """
+
+    def take_running(self) -> tuple[list[Request], list[Request]]:
+        """Return the running requests that can decode now, with a block for the token, and those in prefill.
+
+        Both oldest first. A request decodes if it lacks nothing but the token it generated last, and is not in flight;
+        it is in prefill if it lacks more, some of which is not in flight.
+
+        If no block is free for a decode, the newest running request that is not in flight is preempted, which may be
+        itself. Only if all newer ones are in flight, it waits for them.
+        """
+        decodes: list[Request] = []
+        prefills: list[Request] = []
+        block_size = self._blocks.block_size
+        for request in tuple(self.running):
+            num_tokens = len(request.token_ids)
+            num_left = num_tokens - request.num_computed_tokens
+            if num_left == 1 and num_tokens > request.num_prompt_tokens:
+                if not request.num_in_flight_tokens and (
+                    len(request.block_table) * block_size >= num_tokens or self._grow(request)
+                ):
+                    decodes.append(request)
+            elif num_left > request.num_in_flight_tokens:
+                prefills.append(request)
+        if self._just_preempted:
+            prefills = [request for request in prefills if request.block_table]
+        return decodes, prefills
+
+    def admit_next(self) -> Request | None:
+        """Move the oldest request that waits to `running`, with its cached prefix and the blocks for all its tokens.
+
+        Returns:
+            The request; None if none waits, `max_num_seqs` run, its blocks are not free, or a request was preempted
+            in this step (whose blocks are wanted by those that run).
+        """
+        if self._just_preempted or len(self.running) >= self.config.max_num_seqs:
+            return None
+        if not self._preempted and not self._waiting:
+            return None
+        request = self._preempted[0] if self._preempted else next(iter(self._waiting.values()))
+        prefix = self._blocks.find_prefix(request)
+        if not self._blocks.allocate(request, prefix, keep_watermark=bool(self.running)):
+            return None
+        if self._preempted:
+            del self._preempted[0]
+        else:
+            del self._waiting[request.request_id]
+        insort(self.running, request, key=_order)
+        request.num_computed_tokens = len(prefix) * self._blocks.block_size
+        self.metrics.num_prefix_cache_queries += request.num_tokens
+        self.metrics.num_prefix_cache_hits += request.num_computed_tokens
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = self._now_s
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            self.metrics.num_prompt_tokens += request.num_prompt_tokens
+        return request
+
+    # The rest is the base's own.
+
+    def _grow(self, request: Request) -> bool:
+        while not self._blocks.grow(request, request.num_tokens):
+            victim = self._newest_idle()
+            if victim is None or victim.order < request.order:
+                return False
+            if victim is request and victim is not self.running[-1]:
+                return False  # newer requests are in flight; when they return, one of them makes room
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _newest_idle(self) -> Request | None:
+        return next((request for request in reversed(self.running) if not request.num_in_flight_tokens), None)
+
+    def _preempt(self, request: Request) -> None:
+        assert not request.num_in_flight_tokens, f"{request} is in flight and cannot be preempted"
+        self.running.remove(request)
+        self._blocks.free(request)
+        self.metrics.num_preemptions += 1
+        self.metrics.num_recomputed_tokens += request.num_computed_tokens
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.prompt_logprobs.clear()
+        insort(self._preempted, request, key=_order)
+        self._just_preempted = True
+
+    def _update_decodes(self, decodes: list[Request], token_ids: list[int], now_s: float) -> list[RequestOutput]:
+        """The hot path: every line here runs once per generated token."""
+        outputs: list[RequestOutput] = []
+        gaps_s: list[float] = []
+        block_size = self._blocks.block_size
+        for request, token_id in zip(decodes, token_ids, strict=False):
+            request.num_in_flight_tokens = 0
+            if request.is_aborted:
+                self._blocks.free(request)
+                continue
+            last_token_s = request.last_token_s
+            if last_token_s is None:  # resubmitted with the tokens of an earlier scheduler
+                outputs += self._update_prefills({request: 1}, {request: token_id}, now_s)
+                continue
+            gaps_s.append(now_s - last_token_s)
+            request.last_token_s = now_s
+            request.num_computed_tokens = num_computed = request.num_computed_tokens + 1
+            if not num_computed % block_size:
+                self._blocks.share_computed(request, num_computed - 1)
+            tokens = request.token_ids
+            tokens.append(token_id)
+            request_id = request.request_id
+            if num_computed + 1 >= request.max_num_tokens or token_id in request.stop_token_ids:
+                outputs.append(RequestOutput(request_id, (token_id,), self._finish_sampled(request, now_s)))
+            else:
+                # Past the constructor and its defaults, which cost twice as much.
+                outputs.append(_new_tuple(RequestOutput, (request_id, (token_id,), None, None, None, 0, None)))
+        self.metrics.num_generation_tokens += len(gaps_s)
+        self.metrics.inter_token_latency_s.observe_all(gaps_s)
+        return outputs
+
+    def _update_prefills(self, chunks: Chunks, token_of: dict[Request, int], now_s: float) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        for request, num_new in chunks.items():
+            request.num_in_flight_tokens = max(request.num_in_flight_tokens - num_new, 0)
+            if request.is_aborted:
+                self._free_aborted(request)
+                continue
+            num_before = request.num_computed_tokens
+            request.num_computed_tokens += num_new
+            self._blocks.share_computed(request, num_before)
+            token_id = token_of.get(request)
+            if token_id is not None:
+                outputs.append(self._sampled_output(request, token_id, now_s))
+        return outputs
+
+    def _sampled_output(self, request: Request, token_id: int, now_s: float) -> RequestOutput:
+        """Take the token that ends a prefill: the first one, or the next one after a preemption."""
+        is_first = request.last_token_s is None
+        if request.last_token_s is None:
+            self._observe_first_token(request, now_s)
+        else:
+            self.metrics.inter_token_latency_s.observe(now_s - request.last_token_s)
+        request.last_token_s = now_s
+        if request.sampling.max_tokens == 0:  # only the prompt was wanted
+            token_ids: tuple[int, ...] = ()
+            reason: FinishReason | None = FinishReason.LENGTH
+            self._finish(request, FinishReason.LENGTH, now_s)
+        else:
+            request.token_ids.append(token_id)
+            self.metrics.num_generation_tokens += 1
+            token_ids, reason = (token_id,), self._finish_sampled(request, now_s)
+        if not is_first:
+            return RequestOutput(request.request_id, token_ids, reason)
+        return RequestOutput(
+            request.request_id,
+            token_ids,
+            reason,
+            prompt_logprobs=None if request.sampling.prompt_logprobs is None else tuple(request.prompt_logprobs),
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+    def _observe_first_token(self, request: Request, now_s: float) -> None:
+        assert request.first_scheduled_s is not None
+        request.first_token_s = now_s
+        self.metrics.time_to_first_token_s.observe(now_s - request.arrival_s)
+        self.metrics.request_queue_time_s.observe(request.first_scheduled_s - request.arrival_s)
+        self.metrics.request_prefill_time_s.observe(now_s - request.first_scheduled_s)
+
+    def _finish_sampled(self, request: Request, now_s: float) -> FinishReason | None:
+        if request.token_ids[-1] in request.stop_token_ids:
+            reason = FinishReason.STOP
+        elif request.num_tokens >= request.max_num_tokens:
+            reason = FinishReason.LENGTH
+        else:
+            return None
+        self._finish(request, reason, now_s)
+        return reason
+
+    def _free_aborted(self, request: Request) -> None:
+        if not request.num_in_flight_tokens:
+            self._blocks.free(request)
+
+    def _finish(self, request: Request, reason: FinishReason, now_s: float | None = None) -> None:
+        del self._requests[request.request_id]
+        if request.request_id in self._waiting:
+            del self._waiting[request.request_id]
+        elif request in self._preempted:
+            self._preempted.remove(request)
+        else:
+            self.running.remove(request)
+        if request.num_in_flight_tokens:
+            request.is_aborted = True  # its blocks are written to until its steps return
+        else:
+            self._blocks.free(request)
+        self.metrics.num_finished[reason] = self.metrics.num_finished.get(reason, 0) + 1
+        if now_s is not None:
+            self._recent_finishes_s.append(now_s)
+            self.metrics.e2e_request_latency_s.observe(now_s - request.arrival_s)
+            if request.first_token_s is not None:
+                self.metrics.request_decode_time_s.observe(now_s - request.first_token_s)
+
+    def _find_fault(self, step_output: StepOutput, num_samples: int) -> str | None:
+        token_ids = step_output.token_ids
+        if token_ids.shape != (num_samples,):
+            return f"the last stage returned tokens of shape {token_ids.shape} for {num_samples} requests"
+        if num_samples and not (token_ids.min() >= 0 and token_ids.max() < self._vocab_size):
+            return f"the last stage returned a token outside of the vocabulary of {self._vocab_size}"
+        return None
+
+    def _fail_step(self, step: _StepInFlight, error: str, now_s: float) -> list[RequestOutput]:
+        outputs = []
+        for request, num_new in [*((request, 1) for request in step.decodes), *step.prefills.items()]:
+            request.num_in_flight_tokens -= num_new
+            if request.is_aborted:
+                self._free_aborted(request)
+                continue
+            self._finish(request, FinishReason.ERROR, now_s)
+            outputs.append(RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error))
+        return outputs
+
+    def _retry_after_s(self) -> float:
+        finishes_s: Sequence[float] = self._recent_finishes_s
+        if len(finishes_s) < 2 or finishes_s[-1] == finishes_s[0]:
+            return 1.0
+        rate = (len(finishes_s) - 1) / (finishes_s[-1] - finishes_s[0])
+        return float(min(max(ceil(len(self._waiting) / 2 / rate), 1), 60))
+
+
+def _attach_logprobs(outputs: list[RequestOutput], step: _StepInFlight, step_output: StepOutput) -> list[RequestOutput]:
+    samplers = [*step.decodes, *step.sampled_prefills]
+    entry_of = {samplers[row].request_id: (entry,) for row, entry in step_output.logprobs.items()}
+    return [
+        output._replace(logprobs=entry_of.get(output.request_id)) if output.token_ids else output for output in outputs
+    ]
+
+
+def _is_long(chunk: tuple[Request, int]) -> bool:
+    return chunk[1] > 1
+
+
+def _order(request: Request) -> int:
+    return request.order

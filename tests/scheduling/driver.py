@@ -1,0 +1,63 @@
+"""Run a scheduler against `HashModel`, with steps in flight, checking what must hold after every call."""
+
+from collections import deque
+
+from rayserve_sarathi.request import FinishReason, Request
+from rayserve_sarathi.scheduling.base import Scheduler
+from rayserve_sarathi.step import StepInput, StepOutput
+from tests.factories import HashModel
+
+
+class Driver:
+    """A scheduler, the model below it, and what every request received.
+
+    Steps are computed when they are submitted, as a pipeline computes them in that order, and returned in that order.
+    """
+
+    def __init__(self, scheduler: Scheduler, *, num_blocks: int, block_size: int) -> None:
+        self.scheduler = scheduler
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: dict[str, FinishReason] = {}
+        self.steps: list[StepInput] = []
+        self.now_s = 0.0
+        self._model = HashModel(num_blocks=num_blocks, block_size=block_size)
+        self._pending: deque[StepOutput] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps submitted and not returned."""
+        return len(self._pending)
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.scheduler.add(request)
+        self.tokens[request.request_id] = list(request.token_ids[request.num_prompt_tokens :])
+
+    def submit(self) -> StepInput | None:
+        """Schedule one step, if there is one."""
+        step = self.scheduler.schedule(self.now_s)
+        self.scheduler.check_integrity()
+        if step is not None:
+            self.steps.append(step)
+            self._pending.append(self._model.run(step))
+        return step
+
+    def land(self) -> None:
+        """Return the oldest step in flight."""
+        self.now_s += 1.0
+        for output in self.scheduler.update(self._pending.popleft(), self.now_s):
+            self.tokens[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                assert output.request_id not in self.finished, "finished twice"
+                self.finished[output.request_id] = output.finish_reason
+        self.scheduler.check_integrity()
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Run until nothing is left."""
+        for _ in range(max_steps):
+            while self.submit() is not None:
+                pass
+            if not self._pending:
+                break
+            self.land()
+        assert not self.scheduler.has_unfinished_requests, f"not done after {max_steps} steps"

@@ -1,0 +1,139 @@
+"""What every policy promises on random traffic, with steps in flight, random aborts and too small a KV pool."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayserve_sarathi.request import FinishReason
+from rayserve_sarathi.scheduling import SCHEDULERS
+from tests.factories import expected, make_request, make_scheduler
+from tests.scheduling.driver import Driver
+
+NUM_SLOTS = 48
+
+traffic = st.fixed_dictionaries(
+    {
+        "block_size": st.sampled_from([1, 2, 4, 16]),
+        "token_budget": st.integers(1, 24),
+        "max_num_seqs": st.integers(1, 8),
+        "max_num_partial_prefills": st.integers(1, 3),
+        "max_steps_in_flight": st.integers(1, 4),
+        "watermark": st.sampled_from([0.0, 0.1]),
+        "enable_prefix_caching": st.booleans(),
+        "requests": st.lists(
+            # length of a shared prefix, own tokens, tokens to generate
+            st.tuples(st.integers(0, 12), st.integers(1, 12), st.integers(1, 16)),
+            min_size=1,
+            max_size=12,
+        ),
+        "actions": st.lists(st.sampled_from(["add", "submit", "submit", "land", "land", "abort"]), max_size=80),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+@pytest.mark.parametrize("policy", sorted(SCHEDULERS))
+@given(case=traffic)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_random_traffic(policy: str, case: dict):
+    case = dict(case)
+    requests, actions, seed = case.pop("requests"), case.pop("actions"), case.pop("seed")
+    block_size = case["block_size"]
+    num_blocks = -(-NUM_SLOTS // block_size)
+    scheduler = make_scheduler(policy, num_blocks=num_blocks, max_model_len=NUM_SLOTS, **case)
+    driver = Driver(scheduler, num_blocks=num_blocks, block_size=block_size)
+    rng = np.random.default_rng(seed)
+    prefix = rng.integers(0, 1000, 12).tolist()
+    waiting = [
+        make_request(
+            f"request-{index}",
+            prompt=prefix[:num_shared] + rng.integers(0, 1000, num_own).tolist(),
+            max_tokens=num_output,
+            cache_salt="ab"[index % 2],
+        )
+        for index, (num_shared, num_own, num_output) in enumerate(requests)
+    ]
+    prompts = {request.request_id: request.token_ids.tolist() for request in waiting}
+    goals = {request.request_id: request.sampling.max_tokens for request in waiting}
+    waiting.reverse()
+    aborted: set[str] = set()
+    for action in actions:
+        if action == "add" and waiting:
+            driver.add(waiting.pop())
+        elif action == "submit":
+            submit_and_check(driver)
+        elif action == "land" and driver.num_in_flight:
+            driver.land()
+        elif action == "abort" and (alive := sorted(scheduler.request_ids())):
+            victim = alive[int(rng.integers(len(alive)))]
+            aborted.add(victim)
+            assert scheduler.abort(victim)
+    while waiting:
+        driver.add(waiting.pop())
+    while scheduler.has_unfinished_requests:
+        while submit_and_check(driver):
+            pass
+        driver.land()
+    assert len(driver.steps) < 3000
+
+    assert scheduler.state().kv_cache_usage == 0
+    for request_id, tokens in driver.tokens.items():
+        goal = expected(prompts[request_id], goals[request_id])
+        if request_id in driver.finished:
+            assert driver.finished[request_id] is FinishReason.LENGTH
+            assert tokens == goal, f"{request_id} has other tokens than when it runs alone"
+        else:
+            assert request_id in aborted, f"{request_id} never ended"
+            assert tokens == goal[: len(tokens)]
+    metrics = scheduler.metrics
+    assert metrics.num_started == sum(metrics.num_finished.values()) == len(driver.tokens)
+
+
+def submit_and_check(driver: Driver) -> bool:
+    """Submit a step and hold it against the promises; return whether there was one."""
+    scheduler = driver.scheduler
+    running_before = list(scheduler.running)
+    decoding = [
+        request
+        for request in running_before
+        if request.num_output_tokens > 0
+        and request.num_tokens - request.num_computed_tokens == 1
+        and not request.num_in_flight_tokens
+    ]
+    in_flight = {request.request_id for request in running_before if request.num_in_flight_tokens}
+    could_submit = driver.num_in_flight
+    step = driver.submit()
+    if step is None:
+        # With nothing in flight there is always something to compute, and it is the oldest request's turn.
+        assert could_submit or not scheduler.has_unfinished_requests
+        return False
+    chunks = step.num_scheduled_tokens
+    decodes = {request.request_id for request in decoding} & set(chunks)
+
+    assert step.num_tokens <= max(scheduler.config.token_budget, len(decodes)), "the budget is not kept"
+    assert len(scheduler.running) <= scheduler.config.max_num_seqs
+    assert not decodes & in_flight, "a decode is in two steps in flight"
+    running_after = {request.request_id for request in scheduler.running}
+    for request in decoding:
+        if request.request_id in running_after and request.request_id not in chunks:
+            newer = [other for other in scheduler.running if other.order > request.order]
+            assert newer and all(other.request_id in in_flight for other in newer), f"{request} was skipped"
+    assert not in_flight - running_after, "a request in flight was preempted"
+
+    half_prefilled = [
+        request
+        for request in scheduler.running
+        if request.num_tokens - request.num_scheduled_tokens > 0
+        and request.num_output_tokens == 0
+        and request.num_preemptions == 0
+    ]
+    assert len(half_prefilled) <= scheduler.config.max_num_partial_prefills
+    admitted = [request.order for request in scheduler.running if request not in running_before]
+    assert admitted == sorted(admitted)
+    if could_submit == 0 and running_before:
+        oldest = running_before[0]
+        assert oldest.request_id in chunks or len(decodes) >= scheduler.config.token_budget, (
+            "the oldest made no progress"
+        )
+    return True

@@ -1,0 +1,38 @@
+"""What an ingress and a scheduler say to each other."""
+
+from array import array
+from dataclasses import dataclass
+
+from rayserve_sarathi.errors import SarathiError
+from rayserve_sarathi.request import RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A request on its way to a scheduler."""
+
+    request_id: str
+    prompt_token_ids: "array[int]"
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitReply:
+    """Which pipeline took the requests of a call, and which of them it refused.
+
+    Refusals travel as values: as exceptions they would come back wrapped, one for a whole call.
+    """
+
+    pipeline: str
+    refusals: dict[str, SarathiError]
+    """By request id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputBatch:
+    """All that happened to an ingress's requests since its last batch: one message a step, not one a token."""
+
+    outputs: list[RequestOutput]
+    num_waiting: int
+    """Requests that wait at this scheduler, of all ingresses."""

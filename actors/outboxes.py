@@ -1,0 +1,94 @@
+"""What a scheduler has for each ingress, until the ingress reads it, and which requests each ingress still claims."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from rayserve_sarathi.request import RequestOutput
+
+_LINGER_S = 1.0
+"""A stream of outputs ends after this long without an open request, so that a draining replica has no calls left."""
+_SILENCE_S = 30.0
+"""An ingress that has claimed nothing for this long is dead."""
+
+
+class _Outbox:
+    def __init__(self, now_s: float) -> None:
+        self.outputs: list[RequestOutput] = []
+        self.filled = asyncio.Event()
+        self.open_ids: set[str] = set()
+        self.unclaimed_ids: set[str] = set()
+        self.last_claim_s = now_s
+
+
+class Outboxes:
+    """One box for each ingress that has sent requests.
+
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, *, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._boxes: dict[str, _Outbox] = {}
+        self._box_of: dict[str, _Outbox] = {}
+
+    def open(self, ingress: str, request_id: str) -> None:
+        """Begin to collect the outputs of a request."""
+        box = self._boxes.get(ingress)
+        if box is None:
+            box = self._boxes[ingress] = _Outbox(self._clock())
+        box.open_ids.add(request_id)
+        self._box_of[request_id] = box
+
+    def close(self, request_id: str) -> None:
+        """Stop collecting them; a request that is not open is left alone."""
+        box = self._box_of.pop(request_id, None)
+        if box is not None:
+            box.open_ids.discard(request_id)
+            box.unclaimed_ids.discard(request_id)
+
+    def deliver(self, outputs: list[RequestOutput]) -> None:
+        """Put each output of a step into the box of its ingress."""
+        for output in outputs:
+            box = self._box_of.get(output.request_id)
+            if box is None:
+                continue
+            box.outputs.append(output)
+            box.filled.set()
+            if output.finish_reason is not None:
+                self.close(output.request_id)
+
+    async def read(self, ingress: str) -> AsyncIterator[list[RequestOutput]]:
+        """Yield all that has come since the last time, as soon as there is any."""
+        box = self._boxes.get(ingress)
+        while box is not None:
+            try:
+                await asyncio.wait_for(box.filled.wait(), _LINGER_S)
+            except TimeoutError:
+                if not box.open_ids:
+                    return
+                continue
+            box.filled.clear()
+            outputs, box.outputs = box.outputs, []
+            yield outputs
+
+    def claim(self, ingress: str, request_ids: Iterable[str]) -> set[str]:
+        """Note what an ingress still has open.
+
+        Returns:
+            Open requests that neither this claim nor the one before it names. Once is not enough, as a request may be
+            on its way here while a claim is.
+        """
+        box = self._boxes.get(ingress)
+        if box is None:
+            return set()
+        box.last_claim_s = self._clock()
+        unclaimed = box.open_ids.difference(request_ids)
+        abandoned = unclaimed & box.unclaimed_ids
+        box.unclaimed_ids = unclaimed - abandoned
+        return abandoned
+
+    def expire(self) -> set[str]:
+        """Drop the boxes of ingresses that have fallen silent; return their open requests."""
+        silent = [name for name, box in self._boxes.items() if self._clock() - box.last_claim_s > _SILENCE_S]
+        return set().union(*(self._boxes.pop(name).open_ids for name in silent))

@@ -1,0 +1,151 @@
+"""The actor that owns a pipeline and the state of its requests."""
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from ray import serve
+from ray.util import get_current_placement_group
+
+from rayserve_sarathi.actors.logs import log_to_stderr
+from rayserve_sarathi.actors.messages import OutputBatch, Submission, SubmitReply
+from rayserve_sarathi.actors.outboxes import Outboxes
+from rayserve_sarathi.actors.pipeline import CompiledGraphPipeline, num_stage_threads, start_stages
+from rayserve_sarathi.config import EngineConfig
+from rayserve_sarathi.engine import Engine, make_inline_pipeline, make_scheduler, max_steps_in_flight
+from rayserve_sarathi.errors import OverloadedError, SarathiError
+from rayserve_sarathi.execution.pipeline import Pipeline
+from rayserve_sarathi.models.load import resolve_dtype
+from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
+
+logger = logging.getLogger(__name__)
+
+_MIB = 1024 * 1024
+_RECLAIM_PERIOD_S = 5.0
+
+
+class SchedulerActor:
+    """One replica owns one pipeline. Requests come from ingresses, which read their outputs in batches.
+
+    Args:
+        config: The engine's, with a `device` that is not `auto`.
+    """
+
+    async def __init__(self, config: EngineConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_to_stderr()
+        begin_s = time.monotonic()
+        self._config = config
+        self._pipeline_id = serve.get_replica_context().replica_id.unique_id
+        with _phase("model description"):
+            info = resolve_model(config)
+        with _phase(f"{config.pipeline_parallel_size} stages with weights and KV cache"):
+            pipeline, num_blocks = await _start_pipeline(config, info)
+        self._eos_token_ids = info.eos_token_ids
+        self._outboxes = Outboxes(clock=time.monotonic)
+        self._engine = Engine(
+            make_scheduler(config, info, num_blocks=num_blocks), pipeline, deliver=self._outboxes.deliver
+        )
+        with _phase("warm-up: first tokens through all stages"):
+            await self._engine.warm_up(min(config.scheduler.token_budget, info.max_model_len - 2))
+        gc.collect()
+        gc.freeze()  # what lives now lives for good; a collection that visits it would stall every stream
+        self._running = asyncio.create_task(self._engine.run())
+        self._reclaiming = asyncio.create_task(self._reclaim())
+        logger.info(
+            "ready after %.1f s: %s, %d KV blocks of %d tokens, budget %d tokens a step, transport %s",
+            time.monotonic() - begin_s,
+            config.model_name,
+            num_blocks,
+            config.block_size,
+            config.scheduler.token_budget,
+            config.transport,
+        )
+
+    async def submit(self, ingress: str, submissions: list[Submission]) -> SubmitReply:
+        """Queue the requests of an ingress; what is refused is said in the reply."""
+        refusals: dict[str, SarathiError] = {}
+        for submission in submissions:
+            self._outboxes.open(ingress, submission.request_id)
+            try:
+                self._engine.add(
+                    submission.request_id,
+                    submission.prompt_token_ids,
+                    submission.sampling,
+                    eos_token_ids=self._eos_token_ids,
+                    cache_salt=submission.cache_salt,
+                )
+            except SarathiError as error:
+                self._outboxes.close(submission.request_id)
+                refusals[submission.request_id] = error
+        return SubmitReply(pipeline=self._pipeline_id, refusals=refusals)
+
+    async def cancel(self, request_ids: list[str], *, pipeline: str) -> None:
+        """Abort requests whose client is gone; their KV is free within a step."""
+        assert pipeline == self._pipeline_id, f"a call for {pipeline} came to {self._pipeline_id}"
+        self._abort(request_ids)
+
+    async def outputs(self, ingress: str, *, pipeline: str) -> AsyncIterator[OutputBatch]:
+        """Yield what steps do for the requests of an ingress; end once it has had none open for a while."""
+        assert pipeline == self._pipeline_id, f"a call for {pipeline} came to {self._pipeline_id}"
+        async for outputs in self._outboxes.read(ingress):
+            yield OutputBatch(outputs=outputs, num_waiting=self._engine.num_waiting)
+
+    async def claim(self, ingress: str, request_ids: list[str]) -> None:
+        """Hear which requests an ingress still has; one that it has twice not named is aborted."""
+        self._abort(self._outboxes.claim(ingress, request_ids))
+
+    async def find_overload(self, num_requests: int) -> OverloadedError | None:
+        """Return why `num_requests` more would be refused now, or None."""
+        try:
+            self._engine.check_capacity(num_requests)
+        except OverloadedError as error:
+            return error
+        return None
+
+    async def check_health(self) -> None:
+        """Serve asks this: a replica that raises is replaced, and with it the pipeline."""
+        await self._engine.check_health()
+
+    async def render_metrics(self) -> str:
+        """Return this pipeline's metrics in Prometheus's text format."""
+        return self._engine.render_metrics(model_name=self._config.model_name, pipeline=self._pipeline_id)
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._outboxes.close(request_id)
+            self._engine.abort(request_id)
+
+    async def _reclaim(self) -> None:
+        """Abort the requests of ingresses that have fallen silent."""
+        while True:
+            await asyncio.sleep(_RECLAIM_PERIOD_S)
+            self._abort(self._outboxes.expire())
+
+
+async def _start_pipeline(config: EngineConfig, info: ModelInfo) -> tuple[Pipeline, int]:
+    if config.transport == "inline":
+        torch.set_num_threads(num_stage_threads(1))
+        return await asyncio.to_thread(make_inline_pipeline, config, info)
+    placement_group = get_current_placement_group()
+    assert placement_group is not None, "the deployment reserves a placement group"
+    stages, num_blocks = await start_stages(config, placement_group=placement_group, first_bundle=1)
+    device = torch.device(config.device)
+    max_step_tokens = max(config.scheduler.token_budget, config.scheduler.max_num_seqs)
+    hidden_bytes = max_step_tokens * info.decoder.hidden_size * resolve_dtype(config, info.decoder, device).itemsize
+    num_steps = max_steps_in_flight(config.pipeline_parallel_size)
+    pipeline = CompiledGraphPipeline(
+        stages, config, max_steps_inside=num_steps, buffer_size_bytes=hidden_bytes + 4 * _MIB
+    )
+    return pipeline, num_blocks
+
+
+@contextmanager
+def _phase(name: str) -> Iterator[None]:
+    begin_s = time.monotonic()
+    logger.info("start: %s ...", name)
+    yield
+    logger.info("start: %s: %.1f s", name, time.monotonic() - begin_s)

@@ -1,0 +1,1 @@
+"""A stage at work: step messages to tensors, the KV cache, the model, the sampler."""

@@ -1,0 +1,101 @@
+"""Run the steps of one stage. It knows weights, KV cache and kernels, and nothing of requests.
+
+Dimensions: T tokens in the step; D hidden size; S requests that sample a token; V vocabulary.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
+from rayserve_sarathi.execution.logprobs import token_logprobs
+from rayserve_sarathi.execution.model_input import build_model_input, first_tokens, sampled_tokens
+from rayserve_sarathi.execution.sampler import sample
+from rayserve_sarathi.models.decoder import Decoder
+from rayserve_sarathi.request import TokenLogprobs
+from rayserve_sarathi.step import Int32Array, PromptLogprobsQuery, StepInput, StepOutput
+
+# Logits of a whole chunk at once would be 500 MB for 1024 tokens and a vocabulary of 128 thousand.
+_MAX_PROMPT_LOGITS_ROWS = 128
+
+
+class ModelRunner:
+    """One stage, ready to run.
+
+    Args:
+        decoder: The stage's part of the model.
+        num_blocks: KV blocks, the same on every stage.
+        block_size: Tokens per block.
+    """
+
+    def __init__(self, decoder: Decoder, *, num_blocks: int, block_size: int) -> None:
+        self._decoder = decoder
+        self._block_size = block_size
+        self._kv_caches = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage embeds the step's tokens."""
+        return self._decoder.is_first
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage samples."""
+        return self._decoder.is_last
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput, hidden: Tensor | None) -> Tensor:
+        """Compute the step's tokens in this stage's layers.
+
+        Args:
+            step: What to compute.
+            hidden: Output of the stage before, [T, D], on any device; None on the first stage.
+
+        Returns:
+            Input of the stage after, or of `sample` on the last stage, [T, D].
+        """
+        decoder = self._decoder
+        model_input = build_model_input(step, block_size=self._block_size, device=decoder.device)
+        if hidden is None:
+            hidden = decoder.embed(model_input.token_ids)
+        return decoder.forward(hidden.to(decoder.device), model_input.metadata, self._kv_caches)
+
+    @torch.inference_mode()
+    def sample(self, step: StepInput, hidden: Tensor) -> StepOutput:
+        """Choose the step's new tokens; last stage only.
+
+        Args:
+            step: What `forward` got.
+            hidden: What `forward` returned, [T, D].
+
+        Returns:
+            The output, without timings.
+
+        Raises:
+            FloatingPointError: A logit is NaN or infinite.
+        """
+        token_ids: Int32Array = np.empty(0, np.int32)
+        logprobs: dict[int, TokenLogprobs] = {}
+        if len(step.sample_requests):
+            token_ids, logprobs = sample(self._decoder.logits(hidden[sampled_tokens(step)]), step)
+        return StepOutput(
+            step_id=step.step_id,
+            epoch=step.epoch,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs={
+                query.request: self._prompt_logprobs(step, hidden, query) for query in step.prompt_logprobs
+            },
+        )
+
+    def _prompt_logprobs(
+        self, step: StepInput, hidden: Tensor, query: PromptLogprobsQuery
+    ) -> tuple[TokenLogprobs, ...]:
+        start = int(first_tokens(step)[query.request])
+        targets = query.target_token_ids.tolist()
+        reports: list[TokenLogprobs] = []
+        for done in range(0, len(targets), _MAX_PROMPT_LOGITS_ROWS):
+            part = targets[done : done + _MAX_PROMPT_LOGITS_ROWS]
+            logits = self._decoder.logits(hidden[start + done : start + done + len(part)])
+            reports += token_logprobs(logits.log_softmax(dim=-1), part, [query.num_logprobs] * len(part))
+        return tuple(reports)

@@ -1,0 +1,187 @@
+"""Choose the next token of each sampling request; steps of the work that no request asks for are left out.
+
+The order is that of vLLM and transformers: biases and bans, penalties, temperature, top_k, top_p, min_p. Each of the
+last three keeps the tokens above a threshold, ties included, so none depends on how a sort orders equals.
+
+Dimensions: S requests that sample a token; n of them at hand; V vocabulary; C most likely tokens that are looked at.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own name for it
+from torch import Tensor
+
+from rayserve_sarathi.execution.logprobs import token_logprobs
+from rayserve_sarathi.execution.uniform import uniforms
+from rayserve_sarathi.request import TokenLogprobs
+from rayserve_sarathi.step import Int32Array, LogitBias, StepInput, TokenHistory
+
+_Sampling = npt.NDArray[np.void]
+
+# Finding the 512 most likely of 32000 tokens takes a quarter of a sort, and they nearly always hold the mass of top_p.
+_NUM_CANDIDATES = 512
+_CDF_BLOCK = 256
+
+
+def sample(logits: Tensor, step: StepInput) -> tuple[Int32Array, dict[int, TokenLogprobs]]:
+    """Choose a token for each sampling request.
+
+    Args:
+        logits: [S, V] float32; changed in place.
+        step: Says how.
+
+    Returns:
+        Token ids, [S], and log-probabilities by index into S for those that asked.
+
+    Raises:
+        FloatingPointError: A logit is NaN or infinite; the message names step and request.
+    """
+    _check_finite(logits, step)
+    sampling = step.sampling
+    asked = np.flatnonzero(sampling["has_logprobs"])
+    raw_logprobs = F.log_softmax(logits[asked], dim=-1) if len(asked) else logits[:0]
+    if step.logit_bias is not None:
+        _add_bias(logits, step.logit_bias)
+    if step.histories:
+        _penalise(logits, sampling, step.histories)
+
+    is_random = sampling["temperature"] > 0
+    if not is_random.any():
+        token_ids = _argmax(logits)
+    else:
+        positions = (step.context_lens + step.query_lens)[step.sample_requests]
+        randoms = np.flatnonzero(is_random)
+        drawn = _draw(logits[randoms], sampling[randoms], uniforms(sampling["seed"], positions)[randoms])
+        token_ids = drawn if is_random.all() else _argmax(logits).index_copy_(0, _tensor(randoms, logits), drawn)
+    chosen: Int32Array = token_ids.cpu().numpy().astype(np.int32)
+
+    if not len(asked):
+        return chosen, {}
+    reports = token_logprobs(raw_logprobs, chosen[asked].tolist(), sampling["num_logprobs"][asked].tolist())
+    return chosen, dict(zip(asked.tolist(), reports, strict=True))
+
+
+def _check_finite(logits: Tensor, step: StepInput) -> None:
+    # The largest logit is NaN if any is.
+    is_finite = logits.amax(dim=-1).isfinite().cpu()
+    if not is_finite.all():
+        bad = step.sample_requests[np.flatnonzero(~is_finite.numpy())]
+        raise FloatingPointError(
+            f"step {step.step_id}: the logits of {[step.request_ids[request] for request in bad]} are not finite;"
+            " the weights are damaged, or dtype is too narrow for them (use bfloat16 or float32 in place of float16)"
+        )
+
+
+def _add_bias(logits: Tensor, bias: LogitBias) -> None:
+    where = (_tensor(bias.rows, logits), _tensor(bias.token_ids, logits))
+    logits.index_put_(where, torch.tensor(bias.values, device=logits.device), accumulate=True)
+
+
+def _penalise(logits: Tensor, sampling: _Sampling, histories: tuple[TokenHistory, ...]) -> None:
+    """Apply the repetition penalty to prompt and output tokens, the other two to output tokens."""
+    rows, tokens, counts = [], [], []
+    for history in histories:
+        count = np.bincount(history.output_token_ids, minlength=logits.shape[1])
+        is_seen = count > 0
+        is_seen[history.prompt_token_ids] = True
+        tokens.append(np.flatnonzero(is_seen))
+        counts.append(count[is_seen])
+        rows.append(np.full(len(tokens[-1]), history.row))
+    row, count = np.concatenate(rows), np.concatenate(counts)
+    repetition = _tensor(sampling["repetition_penalty"][row], logits)
+    subtrahend = sampling["frequency_penalty"][row] * count + sampling["presence_penalty"][row] * (count > 0)
+
+    where = (_tensor(row, logits), _tensor(np.concatenate(tokens), logits))
+    values = logits[where]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits.index_put_(where, values - _tensor(subtrahend.astype(np.float32), logits))
+
+
+def _draw(logits: Tensor, sampling: _Sampling, u: npt.NDArray[np.float64]) -> Tensor:
+    """Draw a token for each row of logits, [n, V] float32, with a random number each, [n]; return [n] int64."""
+    # Subtracted before the division: a tiny temperature then gives minus infinity and not NaN.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    weights = logits.div_(_tensor(sampling["temperature"], logits)[:, None]).exp_()
+    thresholds = _tensor(sampling["min_p"], logits)  # The most likely token has weight 1.
+    is_truncated = (sampling["top_p"] < 1) | ((sampling["top_k"] > 0) & (sampling["top_k"] < logits.shape[1]))
+    truncated = np.flatnonzero(is_truncated)
+    if len(truncated):
+        rows = _tensor(truncated, logits)
+        lowest = _top_thresholds(weights[rows], sampling[truncated], num_candidates=_NUM_CANDIDATES)
+        thresholds[rows] = torch.maximum(thresholds[rows], lowest)
+    if len(truncated) or sampling["min_p"].any():
+        weights.masked_fill_(weights < thresholds[:, None], 0)
+    return _inverse_cdf(weights, _tensor(u, logits))
+
+
+def _top_thresholds(weights: Tensor, sampling: _Sampling, *, num_candidates: int) -> Tensor:
+    """Return the least weight that top_k and top_p keep in each row, [n], of weights, [n, V] float32."""
+    vocab_size = weights.shape[1]
+    top_k = np.where(sampling["top_k"] > 0, np.minimum(sampling["top_k"], vocab_size), vocab_size)
+    is_limited = top_k < vocab_size
+    num_candidates = min(vocab_size, max(num_candidates, int(top_k[is_limited].max(initial=0))))
+    top = _largest(weights, num_candidates)  # [n, C]
+    last = np.minimum(top_k, num_candidates) - 1
+    kth = torch.where(_tensor(is_limited, weights), top.gather(1, _tensor(last, weights)[:, None])[:, 0], 0.0)
+    if (sampling["top_p"] >= 1).all():
+        return kth
+
+    # Top_p is a share of what top_k leaves. A token is kept if the mass before it is less than that share.
+    kept = torch.where(weights < kth[:, None], 0.0, weights)
+    wanted = kept.sum(dim=-1, dtype=torch.float64) * _tensor(sampling["top_p"].astype(np.float64), weights)
+    mass = torch.where(top < kth[:, None], 0.0, top).cumsum(dim=-1, dtype=torch.float64)
+    num_kept = 1 + (mass[:, :-1] < wanted[:, None]).sum(dim=-1, keepdim=True)
+    is_whole = sampling["top_p"] >= 1
+    lowest = torch.where(_tensor(is_whole, weights), kth, torch.maximum(kth, top.gather(1, num_kept - 1)[:, 0]))
+    too_few = np.flatnonzero(~is_whole & (mass[:, -1] < wanted).cpu().numpy())
+    if len(too_few) and num_candidates < vocab_size:
+        rows = _tensor(too_few, weights)
+        lowest[rows] = _top_thresholds(weights[rows], sampling[too_few], num_candidates=vocab_size)
+    return lowest
+
+
+def _inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """Return the first token, [n] int64, where the cumulated weight passes u times the total.
+
+    In two levels, by blocks of the vocabulary: a float64 cumulation over all of it takes 15 times as long.
+
+    Args:
+        weights: In order of token id, not negative, [n, V] float32.
+        u: [n] float64.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[1] % _CDF_BLOCK)).view(len(weights), -1, _CDF_BLOCK)
+    cdf = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target = u[:, None] * cdf[:, -1:]
+    block = torch.searchsorted(cdf, target, right=True)
+    before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0)), 0.0)
+    within = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(dim=-1, dtype=torch.float64)
+    # The block's own cumulation may round to less than its part of the whole one.
+    target = torch.minimum(target - before, within[:, -1:] * (1 - 2.0**-52))
+    return (block * _CDF_BLOCK + torch.searchsorted(within, target, right=True))[:, 0]
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """Return the first of the largest logits of each row, [n] int64."""
+    if logits.device.type == "cpu":
+        # 20 times as fast as torch: 0.2 against 4.7 ms for 64 rows of 32000.
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
+
+
+def _largest(weights: Tensor, count: int) -> Tensor:
+    """Return the largest of each row, [n, count], falling."""
+    if weights.device.type == "cpu":
+        # 4 times as fast as torch's topk for 512 of 32000, and 10 times for all of them.
+        values = weights.numpy()
+        if count < values.shape[1]:
+            values = np.partition(values, -count, axis=-1)[:, -count:]
+        return torch.from_numpy(np.sort(values, axis=-1)).flip(-1)
+    return weights.topk(count, dim=-1).values
+
+
+def _tensor(array: npt.NDArray[np.generic], like: Tensor) -> Tensor:
+    """Copy an array to the device of a tensor; numpy's types stay, but indices must be int64."""
+    if array.dtype == np.int32:
+        array = array.astype(np.int64)
+    return torch.tensor(array, device=like.device)

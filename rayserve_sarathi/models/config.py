@@ -1,0 +1,235 @@
+"""A decoder's shape, parsed from the `config.json` of a Hugging Face checkpoint."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rayserve_sarathi.errors import ConfigError
+from rayserve_sarathi.models.hf_config import HfConfig
+
+_DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """Rotary angles divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's scaling; see `kernels.rotary.scale_llama3`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """YaRN's scaling; see `kernels.rotary.scale_yarn`."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_len: int
+    truncate: bool
+    attention_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotaryConfig:
+    """Rotary embedding; `scaling` is None for the plain one."""
+
+    theta: float
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightNames:
+    """What a family calls the tensors that families disagree about."""
+
+    input_norm: str = "input_layernorm"
+    post_attention_norm: str = "post_attention_layernorm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """Everything the shared decoder needs to know. Names are those of Hugging Face configs.
+
+    Args:
+        sliding_windows: Of each layer; None sees everything.
+        max_model_len: Most tokens that the positions were made for, scaling included.
+        dtype: That of the checkpoint.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_model_len: int
+    rotary: RotaryConfig
+    tie_word_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    has_qkv_bias: bool = False
+    has_o_bias: bool = False
+    has_mlp_bias: bool = False
+    has_qk_norm: bool = False
+    weight_names: WeightNames = WeightNames()
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of"
+                f" num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        assert len(self.sliding_windows) == self.num_hidden_layers, (self.sliding_windows, self.num_hidden_layers)
+
+
+def parse_decoder(
+    hf: HfConfig,
+    *,
+    sliding_windows: Sequence[int | None] | None = None,
+    has_qkv_bias: bool = False,
+    has_o_bias: bool = False,
+    has_mlp_bias: bool = False,
+    has_qk_norm: bool = False,
+    weight_names: WeightNames | None = None,
+    default_head_dim: int | None = None,
+) -> DecoderConfig:
+    """Parse what all families share; a family passes what is its own.
+
+    Args:
+        hf: The checkpoint's config.
+        sliding_windows: Of each layer; None for no windows at all.
+        has_qkv_bias: See `DecoderConfig`, as for the other flags.
+        weight_names: None for Llama's.
+        default_head_dim: When the config has none; None divides `hidden_size` by the heads.
+
+    Raises:
+        ConfigError: A key is missing or malformed, or asks for something that is not built in.
+    """
+    if "quantization_config" in hf:
+        raise hf.error("quantized checkpoints are not supported; use the float16 or bfloat16 original")
+    if (activation := hf.string("hidden_act", "silu")) != "silu":
+        raise hf.error(f"hidden_act {activation!r} is not supported; only silu is")
+    num_layers = hf.integer("num_hidden_layers")
+    num_heads = hf.integer("num_attention_heads")
+    hidden_size = hf.integer("hidden_size")
+    if default_head_dim is None and "head_dim" not in hf and hidden_size % num_heads:
+        raise hf.error(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}; set head_dim")
+    rotary = _parse_rotary(hf)
+    return DecoderConfig(
+        vocab_size=hf.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=hf.integer("intermediate_size"),
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=hf.integer("num_key_value_heads", num_heads),
+        head_dim=hf.integer("head_dim", default_head_dim or hidden_size // num_heads),
+        rms_norm_eps=hf.number("rms_norm_eps", 1e-6),
+        max_model_len=_max_model_len(hf.integer("max_position_embeddings"), rotary),
+        rotary=rotary,
+        tie_word_embeddings=hf.boolean("tie_word_embeddings", default=False),
+        sliding_windows=tuple(sliding_windows or (None,) * num_layers),
+        dtype=_parse_dtype(hf),
+        has_qkv_bias=has_qkv_bias,
+        has_o_bias=has_o_bias,
+        has_mlp_bias=has_mlp_bias,
+        has_qk_norm=has_qk_norm,
+        weight_names=weight_names or WeightNames(),
+    )
+
+
+def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
+    """Return the layers of a stage; when they do not divide, the first stages take one more.
+
+    The last stage has the head and the sampler besides its layers, so it gets the smaller share.
+
+    Raises:
+        ConfigError: There are more stages than layers.
+    """
+    if num_stages > num_layers:
+        raise ConfigError(f"{num_layers} layers cannot be split over {num_stages} stages; use at most {num_layers}")
+    assert 0 <= stage < num_stages, (stage, num_stages)
+    share, rest = divmod(num_layers, num_stages)
+    first = stage * share + min(stage, rest)
+    return range(first, first + share + (stage < rest))
+
+
+def _parse_dtype(hf: HfConfig) -> Literal["float32", "bfloat16", "float16"]:
+    # transformers 5 says dtype, 4 torch_dtype; a checkpoint that says neither is float32, as in torch.
+    name = hf.string("dtype", hf.string("torch_dtype", "float32")).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise hf.error(f"dtype {name!r} is not supported; use one of {sorted(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _parse_rotary(hf: HfConfig) -> RotaryConfig:
+    # transformers 5 keeps all of it under rope_parameters; 4 has rope_theta beside rope_scaling.
+    rope = hf.section("rope_parameters") if "rope_parameters" in hf else hf.section("rope_scaling")
+    theta = rope.number("rope_theta", hf.number("rope_theta", 10000.0))
+    if rope.number("partial_rotary_factor", hf.number("partial_rotary_factor", 1.0)) != 1:
+        raise hf.error("partial_rotary_factor other than 1 is not supported")
+    original_len = rope.integer("original_max_position_embeddings", hf.integer("max_position_embeddings"))
+    match rope_type := rope.string("rope_type", rope.string("type", "default")):
+        case "default":
+            return RotaryConfig(theta=theta)
+        case "linear":
+            return RotaryConfig(theta=theta, scaling=LinearScaling(factor=rope.number("factor")))
+        case "llama3":
+            scaling = Llama3Scaling(
+                factor=rope.number("factor"),
+                low_freq_factor=rope.number("low_freq_factor"),
+                high_freq_factor=rope.number("high_freq_factor"),
+                original_len=original_len,
+            )
+            if scaling.high_freq_factor <= scaling.low_freq_factor:
+                raise rope.error("high_freq_factor must be greater than low_freq_factor")
+            return RotaryConfig(theta=theta, scaling=scaling)
+        case "yarn":
+            return RotaryConfig(theta=theta, scaling=_parse_yarn(rope, original_len))
+    raise rope.error(f"rope_type {rope_type!r} is not supported; use one of ['default', 'linear', 'llama3', 'yarn']")
+
+
+def _parse_yarn(rope: HfConfig, original_len: int) -> YarnScaling:
+    factor = rope.number("factor")
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = magnitude(1.0)
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        attention_factor = magnitude(rope.number("mscale")) / magnitude(rope.number("mscale_all_dim"))
+    return YarnScaling(
+        factor=factor,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        original_len=original_len,
+        truncate=rope.boolean("truncate", default=True),
+        attention_factor=rope.number("attention_factor", attention_factor),
+    )
+
+
+def _max_model_len(max_position_embeddings: int, rotary: RotaryConfig) -> int:
+    match rotary.scaling:
+        case LinearScaling(factor=factor):
+            return int(max_position_embeddings * factor)
+        case YarnScaling(factor=factor, original_len=original_len):
+            # Checkpoints give the length before or after scaling here; it is never less than the one after.
+            return max(max_position_embeddings, int(original_len * factor))
+    return max_position_embeddings

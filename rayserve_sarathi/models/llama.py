@@ -1,0 +1,15 @@
+"""Llama 2 and 3, and what was published in their form: Yi, Vicuna, TinyLlama and others (Touvron et al., 2023)."""
+
+from rayserve_sarathi.models.config import DecoderConfig, parse_decoder
+from rayserve_sarathi.models.hf_config import HfConfig
+
+
+def parse_llama(hf: HfConfig) -> DecoderConfig:
+    """Parse the config of a `LlamaForCausalLM`."""
+    has_attention_bias = hf.boolean("attention_bias", default=False)
+    return parse_decoder(
+        hf,
+        has_qkv_bias=has_attention_bias,
+        has_o_bias=has_attention_bias,
+        has_mlp_bias=hf.boolean("mlp_bias", default=False),
+    )

@@ -1,0 +1,141 @@
+"""Read the tensors of a stage from safetensors files, one at a time, or make them up.
+
+Nothing else is ever read: `.bin` and `.pt` files are pickles, which may run code.
+"""
+
+import hashlib
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from rayserve_sarathi.errors import ConfigError
+from rayserve_sarathi.models.hf_config import read_json
+from rayserve_sarathi.models.layers import Weights
+from rayserve_sarathi.models.parameters import Parameters
+
+_INDEX = "model.safetensors.index.json"
+_CONVERT_HINT = (
+    "convert it: transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+    " writes safetensors"
+)
+
+
+def load_weights(
+    root: Path,
+    parameters: Parameters,
+    *,
+    known_names: Container[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Weights:
+    """Read a stage's parameters. Beside them, one tensor of the checkpoint is in memory at a time.
+
+    Args:
+        root: Folder of the checkpoint.
+        parameters: What to read.
+        known_names: Tensors that the checkpoint may hold; others would be ignored silently, so they are errors.
+        dtype: What to convert to.
+        device: Where to put them.
+
+    Raises:
+        ConfigError: A file is missing or damaged, or a tensor is missing, unknown or of another shape.
+    """
+    file_of = _locate_tensors(root)
+    unknown = sorted(name for name in file_of if name not in known_names)
+    if unknown:
+        name = unknown[0]
+        raise ConfigError(
+            f"{file_of[name]}: tensor {name} (and {len(unknown) - 1} more) has no place in this architecture;"
+            " check that config.json belongs to these weights"
+        )
+    weights, slices = _allocate(parameters, dtype=dtype, device=device)
+    for name in slices:
+        if name not in file_of:
+            raise ConfigError(f"{root}: no file has tensor {name}; check that config.json belongs to these weights")
+
+    by_file: dict[Path, list[str]] = {}
+    for name in slices:
+        by_file.setdefault(file_of[name], []).append(name)
+    with tqdm(total=len(slices), desc="loading weights", unit="tensor") as progress:
+        for file, names in by_file.items():
+            _read_file(file, {name: slices[name] for name in names}, progress.update)
+    return weights
+
+
+def dummy_weights(parameters: Parameters, *, seed: int, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Make up a stage's parameters: norms are 1, the rest normal numbers from (seed, tensor name) alone.
+
+    So a model has equal weights however it is split into stages.
+    """
+    weights, slices = _allocate(parameters, dtype=dtype, device=device)
+    for name, target in slices.items():
+        if target.dim() == 1 and name.endswith(".weight"):
+            target.fill_(1)
+            continue
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        target.normal_(generator=generator).mul_(target.shape[-1] ** -0.5)
+    return weights
+
+
+def _allocate(parameters: Parameters, *, dtype: torch.dtype, device: torch.device) -> tuple[Weights, dict[str, Tensor]]:
+    """Return empty parameters, and the slice of one that each checkpoint tensor belongs to."""
+    weights: Weights = {}
+    slices: dict[str, Tensor] = {}
+    for parameter, specs in parameters.items():
+        rows = [spec.shape[0] for spec in specs]
+        weights[parameter] = torch.empty((sum(rows), *specs[0].shape[1:]), dtype=dtype, device=device)
+        parts = torch.split(weights[parameter], rows)
+        slices.update((spec.name, part) for spec, part in zip(specs, parts, strict=True))
+    return weights, slices
+
+
+def _locate_tensors(root: Path) -> dict[str, Path]:
+    """Return which file of the folder has which tensor, from the files' own headers."""
+    file_of: dict[str, Path] = {}
+    for file in _weight_files(root):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                file_of.update(dict.fromkeys(tensors.keys(), file))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file} is damaged or incomplete: {error}; download it again") from None
+    return file_of
+
+
+def _weight_files(root: Path) -> list[Path]:
+    index = root / _INDEX
+    if index.is_file():
+        # Some folders hold the same weights twice, in another format; the index says which files belong together.
+        weight_map = read_json(index).section("weight_map")
+        names = sorted(set(weight_map.all_strings().values()))
+        if bad := [name for name in names if Path(name).name != name]:
+            raise ConfigError(f"{index}: {bad[0]!r} must name a file of the same folder")
+        if missing := [name for name in names if not (root / name).is_file()]:
+            raise ConfigError(f"{root / missing[0]} is missing, though {_INDEX} lists it; download it again")
+        return [root / name for name in names]
+    if files := sorted(root.glob("*.safetensors")):
+        return files
+    if pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in root.glob(pattern)):
+        raise ConfigError(f"{root} has weights as pickles only ({pickles[0]}), which may run code; {_CONVERT_HINT}")
+    raise ConfigError(f"{root} has no *.safetensors file; download the weights, or use load_format: dummy")
+
+
+def _read_file(file: Path, targets: Mapping[str, Tensor], advance: Callable[[], object]) -> None:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name, target in targets.items():
+                shape, kind = tuple(tensors.get_slice(name).get_shape()), tensors.get_slice(name).get_dtype()
+                if shape != tuple(target.shape):
+                    raise ConfigError(
+                        f"{file}: tensor {name} has shape {list(shape)}, but config.json asks for {list(target.shape)}"
+                    )
+                if kind not in ("F32", "F16", "BF16"):
+                    raise ConfigError(f"{file}: tensor {name} is {kind}; use a float32, float16 or bfloat16 checkpoint")
+                target.copy_(tensors.get_tensor(name))
+                advance()
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file} is damaged or incomplete: {error}; download it again") from None

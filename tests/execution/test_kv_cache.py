@@ -1,0 +1,83 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayserve_sarathi.config import EngineConfig, SchedulerConfig
+from rayserve_sarathi.errors import ConfigError
+from rayserve_sarathi.execution.kv_cache import (
+    allocate_kv_caches,
+    fit_num_blocks,
+    free_memory_bytes,
+    kv_block_bytes,
+)
+from rayserve_sarathi.models.load import load_decoder
+from rayserve_sarathi.models.resolve import resolve_model
+from tests.checkpoints import save_checkpoint
+
+# Key and value, 3 layers, 2 heads of 8 numbers, 16 tokens, 4 bytes.
+BLOCK_BYTES = 2 * 3 * 2 * 8 * 16 * 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_checkpoint(folder, "llama")  # 128 positions: 8 blocks
+    return folder
+
+
+def fit(folder: Path, **settings: Any) -> int:
+    config = EngineConfig(model=str(folder), device="cpu", load_format="dummy", **settings)
+    info = resolve_model(config)
+    return fit_num_blocks(config, info, load_decoder(config, info, stage=0))
+
+
+def test_the_number_of_blocks_can_be_given(folder: Path) -> None:
+    assert fit(folder, num_gpu_blocks_override=9) == 9
+
+
+def test_memory_that_is_given_is_filled_with_whole_blocks(folder: Path) -> None:
+    assert fit(folder, kv_cache_memory_bytes=9 * BLOCK_BYTES + 100) == 9
+
+
+def test_a_narrow_dtype_fits_twice_as_many(folder: Path) -> None:
+    assert fit(folder, kv_cache_memory_bytes=9 * BLOCK_BYTES, dtype="bfloat16") == 18
+
+
+def test_a_stage_holds_the_kv_of_its_own_layers_only(folder: Path) -> None:
+    # The first of two stages has two of the three layers.
+    assert fit(folder, kv_cache_memory_bytes=12 * BLOCK_BYTES, pipeline_parallel_size=2) == 18
+
+
+def test_on_a_cpu_the_default_is_what_all_requests_can_need(folder: Path) -> None:
+    assert fit(folder, scheduler=SchedulerConfig(max_num_seqs=3)) == 3 * 8
+    assert fit(folder, scheduler=SchedulerConfig(max_num_seqs=3), max_model_len=33) == 3 * 3
+
+
+def test_on_a_cpu_the_default_stays_within_a_quarter_of_the_free_memory(folder: Path) -> None:
+    num_blocks = fit(folder, scheduler=SchedulerConfig(max_num_seqs=10**9))
+
+    assert num_blocks * BLOCK_BYTES <= 0.3 * free_memory_bytes()
+
+
+@pytest.mark.parametrize("setting", ["num_gpu_blocks_override", "kv_cache_memory_bytes"])
+def test_a_pool_too_small_for_the_longest_request_is_refused_with_the_numbers(folder: Path, setting: str) -> None:
+    value = 7 if setting == "num_gpu_blocks_override" else 7 * BLOCK_BYTES
+
+    with pytest.raises(
+        ConfigError, match=rf"112 tokens.*max_model_len is 128; lower max_model_len, or raise {setting}"
+    ):
+        fit(folder, **{setting: value})
+    assert fit(folder, **{setting: value}, max_model_len=112) == 7
+
+
+def test_pools_are_allocated_for_each_layer(folder: Path) -> None:
+    config = EngineConfig(model=str(folder), device="cpu", load_format="dummy")
+    decoder = load_decoder(config, resolve_model(config), stage=0)
+
+    caches = allocate_kv_caches(decoder, num_blocks=5, block_size=16)
+
+    assert len(caches) == 3
+    assert sum(pool.nbytes for caches_of_layer in caches for pool in caches_of_layer) == 5 * BLOCK_BYTES
+    assert kv_block_bytes(decoder, 16) == BLOCK_BYTES
+    assert all(not pool.any() for caches_of_layer in caches for pool in caches_of_layer)

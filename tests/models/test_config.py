@@ -1,0 +1,131 @@
+from typing import Any
+
+import pytest
+
+from rayserve_sarathi.errors import ConfigError
+from rayserve_sarathi.models.config import DecoderConfig, Llama3Scaling, YarnScaling, stage_layers
+from rayserve_sarathi.models.hf_config import HfConfig
+from rayserve_sarathi.models.resolve import parse_architecture
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def parse(**keys: Any) -> DecoderConfig:
+    """Parse Llama's keys with changes; None removes a key, "null" stands for a null."""
+    values = {**LLAMA, **keys}
+    kept = {key: None if value == "null" else value for key, value in values.items() if value is not None}
+    return parse_architecture(HfConfig(kept, source="config.json"))[1]
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    config = parse()
+
+    assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (4, 8, 1e-6)
+    assert (config.rotary.theta, config.rotary.scaling) == (10000.0, None)
+    assert (config.dtype, config.tie_word_embeddings, config.max_model_len) == ("float32", False, 128)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_both_spellings_of_the_dtype(key: str) -> None:
+    assert parse(**{key: "bfloat16"}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+    ],
+)
+def test_all_spellings_of_the_rotary_embedding(keys: dict[str, Any]) -> None:
+    rotary = parse(**keys).rotary
+
+    assert rotary.theta == 5e5
+    assert rotary.scaling == Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_len=64)
+
+
+def test_a_null_is_a_missing_key() -> None:
+    assert parse(rope_scaling="null", head_dim="null").head_dim == 8
+
+
+def test_scalings_lengthen_the_context() -> None:
+    assert parse(rope_scaling={"type": "linear", "factor": 4.0}).max_model_len == 512
+    yarn = parse(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128})
+    assert yarn.max_model_len == 512
+    assert isinstance(yarn.rotary.scaling, YarnScaling)
+    assert parse(rope_scaling={"type": "llama3", **LLAMA3}).max_model_len == 128
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported; use one of"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
+        ({"hidden_size": None}, "config.json: hidden_size is missing"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number of at least 1, got '32'"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1, got 0"),
+        ({"num_attention_heads": 5}, "hidden_size=32 is not a multiple of num_attention_heads=5"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized checkpoints are not supported"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"no architecture in \['GPT2LMHeadModel'\] is supported; use one of"),
+        ({"architectures": None}, "no architecture in"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number greater than 0"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(**keys)
+
+
+def test_mistral_without_the_key_has_a_window_and_with_null_has_none() -> None:
+    mistral = {"architectures": ["MistralForCausalLM"]}
+
+    assert parse(**mistral).sliding_windows == (4096,) * 4
+    assert parse(**mistral, sliding_window=7).sliding_windows == (7,) * 4
+    assert parse(**mistral, sliding_window="null").sliding_windows == (None,) * 4
+
+
+def test_qwen_has_windows_where_it_says_so() -> None:
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 7, "max_window_layers": 3}
+    types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+
+    assert parse(**qwen).sliding_windows == (None,) * 4
+    assert parse(**qwen, use_sliding_window=True).sliding_windows == (None, None, None, 7)
+    assert parse(**qwen, use_sliding_window=True, layer_types=types).sliding_windows == (7, None, None, 7)
+    with pytest.raises(ConfigError, match="layer_types must name"):
+        parse(**qwen, use_sliding_window=True, layer_types=types[1:])
+
+
+@pytest.mark.parametrize(("num_layers", "num_stages"), [(4, 1), (4, 4), (7, 3), (80, 6)])
+def test_stages_share_the_layers_evenly(num_layers: int, num_stages: int) -> None:
+    stages = [stage_layers(num_layers, num_stages, stage) for stage in range(num_stages)]
+
+    assert [layer for layers in stages for layer in layers] == list(range(num_layers))
+    assert {len(layers) for layers in stages} <= {num_layers // num_stages, -(-num_layers // num_stages)}
+    assert len(stages[-1]) == num_layers // num_stages
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="4 layers cannot be split over 5 stages; use at most 4"):
+        stage_layers(4, 5, 0)

@@ -1,0 +1,79 @@
+"""Steps made by hand, and stages to run them on, with no scheduler around."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayserve_sarathi.config import EngineConfig
+from rayserve_sarathi.execution.model_runner import ModelRunner
+from rayserve_sarathi.models.load import load_decoder
+from rayserve_sarathi.models.resolve import resolve_model
+from rayserve_sarathi.request import SamplingParams
+from rayserve_sarathi.step import SAMPLING_DTYPE, StepInput, StepOutput, pack_sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One request's part of a step; it samples if it has `sampling`."""
+
+    token_ids: Sequence[int]
+    block_ids: Sequence[int]
+    context_len: int = 0
+    sampling: SamplingParams | None = None
+
+
+def make_step(*chunks: Chunk, step_id: int = 0, **fields: Any) -> StepInput:
+    """Pack chunks, those with a single token first, into a step."""
+
+    def packed(values: Sequence[int]) -> np.ndarray:
+        array = np.array(values, dtype=np.int32)
+        array.flags.writeable = False  # as what Ray hands to an actor
+        return array
+
+    assert [len(chunk.token_ids) > 1 for chunk in chunks] == sorted(len(chunk.token_ids) > 1 for chunk in chunks)
+    sampling = b"".join(pack_sampling(chunk.sampling) for chunk in chunks if chunk.sampling is not None)
+    return StepInput(
+        step_id=step_id,
+        epoch=0,
+        request_ids=tuple(f"request-{index}" for index in range(len(chunks))),
+        token_ids=packed([token for chunk in chunks for token in chunk.token_ids]),
+        query_lens=packed([len(chunk.token_ids) for chunk in chunks]),
+        context_lens=packed([chunk.context_len for chunk in chunks]),
+        block_tables=packed([block for chunk in chunks for block in chunk.block_ids]),
+        num_blocks=packed([len(chunk.block_ids) for chunk in chunks]),
+        sample_requests=packed([index for index, chunk in enumerate(chunks) if chunk.sampling is not None]),
+        sampling=np.frombuffer(sampling, dtype=SAMPLING_DTYPE),
+        **fields,
+    )
+
+
+class Stages:
+    """All stages of a model in this process."""
+
+    def __init__(self, model: Path | str, *, num_stages: int = 1, num_blocks: int = 40, **settings: Any) -> None:
+        config = EngineConfig(model=str(model), pipeline_parallel_size=num_stages, device="cpu", **settings)
+        info = resolve_model(config)
+        self._decoders = [load_decoder(config, info, stage=stage) for stage in range(num_stages)]
+        self._runners = [
+            ModelRunner(decoder, num_blocks=num_blocks, block_size=config.block_size) for decoder in self._decoders
+        ]
+
+    def hidden(self, step: StepInput) -> torch.Tensor:
+        """Run all stages and return the hidden states, [T, D]."""
+        hidden = self._runners[0].forward(step, None)
+        for runner in self._runners[1:]:
+            hidden = runner.forward(step, hidden)
+        return hidden
+
+    def logits(self, step: StepInput) -> torch.Tensor:
+        """Return the logits of each token of the step, [T, V]."""
+        with torch.inference_mode():
+            return self._decoders[-1].logits(self.hidden(step))
+
+    def run(self, step: StepInput) -> StepOutput:
+        """Run the step and sample."""
+        return self._runners[-1].sample(step, self.hidden(step))

@@ -1,0 +1,49 @@
+"""What the HTTP side needs of an engine, wherever that engine runs."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from rayserve_sarathi.request import RequestOutput, SamplingParams
+
+
+class EngineClient(Protocol):
+    """An engine as its clients see it: the scheduler actor behind a handle, or an engine in this process."""
+
+    async def check_capacity(self, num_requests: int) -> None:
+        """Return if `num_requests` more requests would be accepted now; called before they are tokenised.
+
+        Raises:
+            OverloadedError: They would not.
+            EngineDeadError: No pipeline is alive.
+        """
+
+    def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield what each step does for a request; the last output has a finish reason.
+
+        It is an async generator. Closing it before its end, or cancelling who awaits it, aborts the request.
+
+        Args:
+            request_id: Unique; never a string that a client chose.
+
+        Raises:
+            InvalidRequestError: The request can never be served.
+            OverloadedError: The queue is full.
+            EngineDeadError: No pipeline is alive.
+        """
+
+    async def check_ready(self) -> None:
+        """Return if a token could go through all stages lately.
+
+        Raises:
+            EngineDeadError: Starting, draining, or dead; the message says which.
+        """
+
+    async def metrics(self) -> str:
+        """Return the engine's metrics in Prometheus's text format."""

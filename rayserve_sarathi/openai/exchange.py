@@ -1,0 +1,155 @@
+"""One HTTP exchange: a body within limits, an end when the client is gone or time is over, and streams of events."""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from rayserve_sarathi.openai.answers import JsonObject
+from rayserve_sarathi.openai.errors import ClientGoneError, DeadlineError, HttpError
+from rayserve_sarathi.openai.json_encoder import encode_json
+
+EVENT_STREAM = "text/event-stream"
+_BODY_TIMEOUT_S = 60.0
+_DONE = b"data: [DONE]\n\n"
+
+_Result = TypeVar("_Result")
+
+
+@asynccontextmanager
+async def time_limit(until_s: float, message: str) -> AsyncGenerator[None]:
+    """Raise DeadlineError inside the block when the event loop's clock reaches `until_s`."""
+    try:
+        async with asyncio.timeout_at(until_s) as limit:
+            yield
+    except TimeoutError:
+        if limit.expired():
+            raise DeadlineError(message) from None
+        raise  # somebody else's time was over
+
+
+def read_deadline(headers: Mapping[str, str], *, now_s: float, longest_s: float) -> float:
+    """Return when a request must be answered, on the clock of `now_s`.
+
+    Raises:
+        HttpError: `x-request-timeout-seconds` is not a positive number.
+    """
+    given = headers.get("x-request-timeout-seconds")
+    if given is None:
+        return now_s + longest_s
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not timeout_s > 0:
+        raise HttpError.invalid_header(f"x-request-timeout-seconds must be a positive number, got {given[:40]!r}")
+    return now_s + min(timeout_s, longest_s)
+
+
+async def read_json_object(request: Request, *, max_body_bytes: int) -> dict[str, object]:
+    """Return the body of a request, never holding more than `max_body_bytes` of it.
+
+    Raises:
+        HttpError: It is too large, no JSON object, or of another kind.
+        DeadlineError: It does not arrive.
+        ClientGoneError: The client left.
+    """
+    _check_kind(request.headers)
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_body_bytes:
+        raise HttpError.request_too_large(max_body_bytes)
+    until_s = asyncio.get_running_loop().time() + _BODY_TIMEOUT_S
+    body = bytearray()
+    async with time_limit(until_s, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s"):
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > max_body_bytes:
+                    raise HttpError.request_too_large(max_body_bytes)
+        except ClientDisconnect:
+            raise ClientGoneError("while it sent the body") from None
+    try:
+        value = from_json(bytes(body))
+    except ValueError as error:
+        raise HttpError.invalid_json(str(error)) from None
+    if not isinstance(value, dict):
+        raise HttpError.not_an_object()
+    return value
+
+
+def _check_kind(headers: Mapping[str, str]) -> None:
+    kind, _, parameters = headers.get("content-type", "").partition(";")
+    if kind.strip().lower() != "application/json":
+        raise HttpError.unsupported_media_type("the body must be JSON; send it with content-type: application/json")
+    charset = parameters.replace(" ", "").replace('"', "").lower()
+    if charset not in ("", "charset=utf-8", "charset=us-ascii"):
+        raise HttpError.unsupported_media_type("the body must be in UTF-8")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise HttpError.unsupported_media_type("the body must not be compressed; leave content-encoding out")
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Do `work`, but cancel it as soon as the client closes its connection.
+
+    Raises:
+        ClientGoneError: The client did.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError("before its answer was complete")
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def encode_event(value: JsonObject) -> bytes:
+    """Return a server-sent event."""
+    return b"data: %b\n\n" % encode_json(value)
+
+
+class EventStream(Response):
+    """Sends chunks as server-sent events, each as soon as there is one.
+
+    The status waits for the first chunk, so that an error before it is an ordinary answer.
+
+    Args:
+        chunks: Closed when the client leaves or the time is over.
+        until_s: When to give up, on the event loop's clock.
+        message: What to say then.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[JsonObject], *, until_s: float, message: str) -> None:
+        super().__init__(media_type=EVENT_STREAM, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._until_s = until_s
+        self._message = message
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request."""
+        await until_disconnect(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._chunks) as chunks, time_limit(self._until_s, self._message):
+            first = await anext(chunks)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": encode_event(first), "more_body": True})
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": encode_event(chunk), "more_body": True})
+            await send({"type": "http.response.body", "body": _DONE})

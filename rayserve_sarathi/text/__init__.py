@@ -1,0 +1,1 @@
+"""Text to tokens and back; knows nothing of HTTP, engines or models."""

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Self, TypeVar, cast
@@ -80,6 +81,8 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
         self._call(self._engine.__aenter__())
+        # Also when nobody calls `close`: at the end of the process, or when the last reference goes.
+        self._finalizer = weakref.finalize(self, _stop, self._engine, self._loop, self._thread)
 
     def __enter__(self) -> Self:
         return self
@@ -87,12 +90,13 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def metrics(self) -> str:
+        """Return what the scheduler counted, in Prometheus's text format."""
+        return self._call(self._engine.metrics())
+
     def close(self) -> None:
         """Stop the engine and free the model's memory with it."""
-        self._call(self._engine.__aexit__(None, None, None))
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._finalizer()
 
     def generate(
         self,
@@ -184,6 +188,13 @@ class LLM:
             logprobs=None if sampling.logprobs is None else tuple(logprobs),
             prompt_logprobs=first.prompt_logprobs,
         )
+
+
+def _stop(engine: LocalEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(engine.__aexit__(None, None, None), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

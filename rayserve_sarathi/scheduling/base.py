@@ -72,6 +72,7 @@ class Scheduler(ABC):
         self.running: list[Request] = []
         self._in_flight: OrderedDict[int, _StepInFlight] = OrderedDict()
         self._num_steps = 0
+        self._num_added = 0
         self._recent_finishes_s: deque[float] = deque(maxlen=64)
         self._just_preempted = False
         self._now_s = 0.0
@@ -107,7 +108,8 @@ class Scheduler(ABC):
             )
         self.check_capacity(1)
         assert request.request_id not in self._requests, f"{request.request_id} is here already"
-        request.order = self.metrics.num_started
+        request.order = self._num_added
+        self._num_added += 1
         request.sampling_row = pack_sampling(request.sampling)
         request.has_extras = has_extras(request.sampling)
         self._blocks.hash_blocks(request)
@@ -197,6 +199,16 @@ class Scheduler(ABC):
             num_steps_in_flight=len(self._in_flight),
             token_budget=self.config.token_budget,
         )
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have never run."""
+        return len(self._waiting)
+
+    def reset_metrics(self) -> None:
+        """Begin to count from zero; there must be no open request."""
+        assert not self._requests, f"{len(self._requests)} requests are open"
+        self.metrics = SchedulerMetrics()
 
     def request_ids(self) -> Iterator[str]:
         """Yield the ids of the requests that have not ended."""

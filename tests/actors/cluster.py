@@ -1,0 +1,140 @@
+"""A Ray cluster of a test's own: its temporary folder, ports and token are no other's, and it ends with the test."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def ray_environment() -> Iterator[dict[str, str]]:
+    """Yield the environment of a private cluster."""
+    # Not pytest's tmp_path: Ray puts sockets there, whose paths may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="rs-", dir="/tmp")
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": folder,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "1",
+        "HF_HUB_OFFLINE": "1",
+        # Of the test runner's own: they would reach every worker.
+        "PYTHONWARNINGS": "default",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    try:
+        yield environment
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Server:
+    """A `serve run` that answers.
+
+    Args:
+        url: Where.
+        environment: That of its cluster, for other processes that join it.
+        log: What it has written.
+    """
+
+    def __init__(self, url: str, environment: dict[str, str], log: Path) -> None:
+        self.url = url
+        self.environment = environment
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        """All that the server has written so far."""
+        return self._log.read_text(errors="replace")
+
+    def get(self, path: str, *, timeout_s: float = 10.0) -> tuple[int, str]:
+        """Return status and body of a GET."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def metric(self, name: str) -> float:
+        """Return the sum of a metric over its labels."""
+        _, text = self.get("/metrics")
+        values = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.split("{")[0] == f"sarathi_{name}"]
+        assert values, f"no metric sarathi_{name}"
+        return sum(map(float, values))
+
+    def wait_until(self, is_true: Any, *, timeout_s: float, message: str) -> float:
+        """Wait for a condition; return how long it took."""
+        begin_s = time.monotonic()
+        while not is_true():
+            assert time.monotonic() - begin_s < timeout_s, f"{message} within {timeout_s} s"
+            time.sleep(0.02)  # a condition of another process: there is no event to wait for
+        return time.monotonic() - begin_s
+
+
+@contextmanager
+def serve_run(folder: Path, args: dict[str, Any], *, name: str = "test") -> Iterator[Server]:
+    """Start `serve run` with the `args` of an application; yield once it is ready; stop it as Ctrl-C does."""
+    port = free_port()
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": name,
+                "route_prefix": "/",
+                "import_path": "rayserve_sarathi.actors.app:build_app",
+                "args": args,
+            }
+        ],
+    }
+    (folder / "app.yaml").write_text(yaml.safe_dump(config))
+    with ray_environment() as environment, (folder / "serve.log").open("w") as log:
+        command = [str(Path(sys.executable).with_name("serve")), "run", str(folder / "app.yaml")]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        server = Server(f"http://127.0.0.1:{port}", environment, folder / "serve.log")
+        try:
+            _wait_until_ready(server, process)
+            yield server
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_ready(server: Server, process: "subprocess.Popen[bytes]", *, timeout_s: float = 180.0) -> None:
+    def is_ready() -> bool:
+        assert process.poll() is None, f"serve run ended:\n{server.log[-4000:]}"
+        try:
+            return server.get("/health/ready")[0] == 200
+        except OSError:
+            return False
+
+    try:
+        server.wait_until(is_ready, timeout_s=timeout_s, message="not ready")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{server.log[-4000:]}") from None

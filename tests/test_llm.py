@@ -1,0 +1,148 @@
+"""Offline generation: the whole engine in one process, judged by transformers."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from rayserve_sarathi import LLM, SamplingParams
+from rayserve_sarathi.errors import ConfigError, ContextLengthError, InvalidRequestError
+from rayserve_sarathi.request import FinishReason
+from tests.servable import Reference, save_servable
+
+MAX_TOKENS = 20
+PROMPTS = [[index + 5] * (3 * index % 17 + 1) + list(range(index, 2 * index + 4)) for index in range(16)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_servable(tmp_path_factory.mktemp("servable"))
+
+
+@pytest.fixture(scope="module")
+def references(checkpoint: Path) -> list[list[int]]:
+    reference = Reference(checkpoint)
+    return [reference.generate(prompt, MAX_TOKENS) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scheduler": {"token_budget": 5}},
+        {"scheduler": {"token_budget": 1, "max_num_seqs": 3}},
+        {"block_size": 1, "scheduler": {"token_budget": 32}},
+        {"enable_prefix_caching": False, "scheduler": {"token_budget": 7, "max_num_partial_prefills": 2}},
+    ],
+    ids=["plain", "small-chunks", "budget-1", "block-size-1", "no-prefix-cache"],
+)
+def test_greedy_tokens_are_those_of_transformers(
+    checkpoint: Path, references: list[list[int]], num_stages: int, settings: dict
+):
+    with LLM(str(checkpoint), pipeline_parallel_size=num_stages, **settings) as llm:
+        generations = llm.generate(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS, temperature=0))
+
+    assert [list(generation.token_ids) for generation in generations] == references
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_greedy_tokens_survive_preemption(checkpoint: Path, references: list[list[int]], num_stages: int):
+    # 16 blocks of 4 tokens hold one request of 64, so 16 requests of up to 60 preempt each other.
+    settings = {"block_size": 4, "num_gpu_blocks_override": 16, "max_model_len": 64}
+    with LLM(str(checkpoint), pipeline_parallel_size=num_stages, **settings) as llm:
+        generations = llm.generate(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS, temperature=0))
+        metrics = llm.metrics()
+
+    assert [list(generation.token_ids) for generation in generations] == references
+    preemptions = next(line for line in metrics.splitlines() if line.startswith("sarathi_num_preemptions_total"))
+    assert float(preemptions.split()[-1]) > 0
+
+
+def test_a_seed_gives_the_same_tokens_alone_in_a_batch_in_chunks_and_over_stages(checkpoint: Path):
+    sampling = [SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=index) for index in range(len(PROMPTS))]
+    runs = []
+    for settings in (
+        {},
+        {"pipeline_parallel_size": 2, "scheduler": {"token_budget": 5}},
+        {"block_size": 4, "num_gpu_blocks_override": 16, "max_model_len": 64},
+    ):
+        with LLM(str(checkpoint), **settings) as llm:
+            runs.append([generation.token_ids for generation in llm.generate(PROMPTS, sampling)])
+    with LLM(str(checkpoint)) as llm:
+        alone = [llm.generate(prompt, one)[0].token_ids for prompt, one in zip(PROMPTS, sampling, strict=True)]
+
+    assert runs[0] == runs[1] == runs[2] == alone
+    assert len(set(alone)) > 10
+
+
+def test_a_second_prompt_with_the_same_prefix_finds_it_in_the_cache(checkpoint: Path):
+    prompt = list(range(40))
+    with LLM(str(checkpoint)) as llm:
+        first = llm.generate(prompt, SamplingParams(max_tokens=4, temperature=0))[0]
+        second = llm.generate(prompt, SamplingParams(max_tokens=4, temperature=0))[0]
+
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 32)
+    assert first.token_ids == second.token_ids
+
+
+def test_logprobs_of_prompt_and_output_add_up_over_chunks(checkpoint: Path):
+    prompt = list(range(3, 25))
+    results = []
+    for token_budget in (512, 4):
+        with LLM(str(checkpoint), scheduler={"token_budget": token_budget}) as llm:
+            results.append(
+                llm.generate(prompt, SamplingParams(max_tokens=3, temperature=0, logprobs=2, prompt_logprobs=1))
+            )
+    (whole,), (chunked,) = results
+
+    assert whole.logprobs is not None
+    assert whole.prompt_logprobs is not None
+    assert chunked.prompt_logprobs is not None
+    assert [entry.token_id for entry in whole.logprobs] == list(whole.token_ids)
+    assert all(entry.top_token_ids[0] == entry.token_id for entry in whole.logprobs)
+    assert [entry.token_id for entry in chunked.prompt_logprobs] == prompt[1:]
+    assert [entry.logprob for entry in chunked.prompt_logprobs] == pytest.approx(
+        [entry.logprob for entry in whole.prompt_logprobs], abs=1e-4
+    )
+
+
+def test_text_and_chat(checkpoint: Path):
+    with LLM(str(checkpoint)) as llm:
+        texts = [generation.text for generation in llm.generate(["hello", "hello"], SamplingParams(temperature=0))]
+        answer = llm.chat([{"role": "user", "content": "hello"}], SamplingParams(max_tokens=5, temperature=0))
+
+    assert texts[0] == texts[1] != ""
+    assert answer.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+
+
+def test_a_prompt_that_can_never_be_served_is_refused_and_the_engine_goes_on(checkpoint: Path):
+    with LLM(str(checkpoint), max_model_len=64) as llm:
+        with pytest.raises(ContextLengthError, match="maximum context length is 64 tokens"):
+            llm.generate([[1] * 70, [1, 2]], SamplingParams(max_tokens=4))
+        with pytest.raises(InvalidRequestError, match="empty"):
+            llm.generate([[]])
+
+        assert len(llm.generate([1, 2], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+
+
+def test_it_works_inside_a_running_event_loop(checkpoint: Path):
+    async def in_a_notebook() -> int:
+        with LLM(str(checkpoint)) as llm:
+            return len(llm.generate([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids)
+
+    assert asyncio.run(in_a_notebook()) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blok_size": 16}, "did you mean block_size"),
+        ({"scheduler": {"policy": "sarahti"}}, r"unknown scheduler policy 'sarahti'; use one of \['sarathi'\]"),
+        ({"max_model_len": 100_000}, "exceeds"),
+        ({"num_gpu_blocks_override": 2}, "room for 32 tokens"),
+    ],
+)
+def test_impossible_settings_name_what_would_do(checkpoint: Path, settings: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        LLM(str(checkpoint), **settings)

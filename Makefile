@@ -1,20 +1,24 @@
-# Two commands: `make serve` and `make test`. Each sets itself up in .venv, so that it works on a fresh machine.
-.PHONY: install serve test bench clean
+# Each command sets itself up in .venv, so that it works on a fresh machine with Python 3.11+, gcc and pip.
+.PHONY: install serve test bench
 PYTHON ?= python3
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml scripts/install.sh
-	scripts/install.sh $(PYTHON)
+# torch first: where there is no NVIDIA GPU its CPU build, which the second line then finds good enough.
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q $$(nvidia-smi >/dev/null 2>&1 || echo --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu) "$$(grep -o 'torch>=[^"]*' pyproject.toml)"
+	.venv/bin/pip install -q -e '.[dev]'
+	touch $@
 
 serve: install
-	scripts/serve.sh deployments/tiny.yaml
+	@.venv/bin/python scripts/announce.py & RAY_AUTH_MODE=token exec .venv/bin/serve run deployments/tiny.yaml
 
 test: install
-	scripts/test.sh
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/pytest
 
 bench: install
 	.venv/bin/python benchmarks/scheduler.py
-
-clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

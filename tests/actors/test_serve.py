@@ -8,9 +8,9 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from tests.actors.cluster import Server, serve_run
 from tests.servable import Reference, save_servable
@@ -18,7 +18,9 @@ from tests.servable import Reference, save_servable
 pytestmark = pytest.mark.ray
 
 MAX_TOKENS = 24
-PROMPTS = [[index % 90 + 5] * (5 * index % 31 + 1) + list(range(index, 2 * index + 3)) for index in range(32)]
+NUM_BLOCKS = 64
+# Lengths from 4 to 65 tokens.
+PROMPTS = [[index + 5] * (5 * index % 31 + 1) + list(range(index, 2 * index + 3)) for index in range(32)]
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
@@ -28,9 +30,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def references(checkpoint: Path) -> list[list[int]]:
-    reference = Reference(checkpoint)
-    return [reference.generate(prompt, MAX_TOKENS) for prompt in PROMPTS]
+def greedy_texts(checkpoint: Path) -> list[str]:
+    """What `transformers.generate` continues each prompt with."""
+    reference, tokenizer = Reference(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    outputs = [reference.generate(prompt, MAX_TOKENS) for prompt in PROMPTS]
+    return [tokenizer.decode(output, skip_special_tokens=True) for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "pipeline_parallel_size": 2,
         "max_model_len": 256,
         "block_size": 8,
-        "num_gpu_blocks_override": 64,  # 512 tokens for 32 requests of up to 90: they preempt each other
+        "num_gpu_blocks_override": NUM_BLOCKS,  # 512 tokens for 32 requests of up to 89: they preempt each other
         "scheduler": {"token_budget": 48, "max_num_waiting": 400},
     }
     with serve_run(tmp_path_factory.mktemp("serve"), args) as running:
@@ -54,34 +58,112 @@ async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
         yield opened
 
 
-async def complete(client: openai.AsyncOpenAI, prompt: list[int], *, has_stream: bool) -> list[int]:
-    """Return the ids of the greedy tokens, read back from the logprobs that `return_tokens_as_token_ids` names."""
-    text = ""
-    if has_stream:
-        stream = await client.completions.create(
-            model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=True
-        )
-        async for chunk in stream:
-            text += chunk.choices[0].text
-    else:
-        answer = await client.completions.create(model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0)
-        text = answer.choices[0].text
-    return text
+async def complete(client: openai.AsyncOpenAI, prompt: list[int]) -> str:
+    answer = await client.completions.create(model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0)
+    return answer.choices[0].text
 
 
-def texts(checkpoint: Path, references: list[list[int]]) -> list[str]:
-    from transformers import AutoTokenizer
+async def stream(client: openai.AsyncOpenAI, prompt: list[int]) -> str:
+    chunks = await client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=True
+    )
+    return "".join([chunk.choices[0].text async for chunk in chunks])
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    return [tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in references]
+
+async def test_one_client_gets_the_greedy_text_of_transformers(client: openai.AsyncOpenAI, greedy_texts: list[str]):
+    assert await complete(client, PROMPTS[7]) == greedy_texts[7]
+    assert await stream(client, PROMPTS[9]) == greedy_texts[9]
 
 
-@pytest.mark.parametrize("has_stream", [True, False], ids=["streaming", "whole"])
-async def test_32_at_once_get_the_greedy_text_of_transformers_in_spite_of_preemption(
-    server: Server, client: openai.AsyncOpenAI, checkpoint: Path, references: list[list[int]], has_stream: bool
+async def test_32_at_once_get_the_same_in_spite_of_preemption(
+    server: Server, client: openai.AsyncOpenAI, greedy_texts: list[str]
 ):
-    answers = await asyncio.gather(*(complete(client, prompt, has_stream=has_stream) for prompt in PROMPTS))
+    whole = await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
+    streamed = await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS))
 
-    assert list(answers) == texts(checkpoint, references)
+    assert whole == greedy_texts
+    assert streamed == greedy_texts
     assert server.metric("num_preemptions_total") > 0
-    assert server.metric("num_requests_running") == 0
+    assert server.metric("kv_cache_usage_perc") == 0
+
+
+def test_curl_gets_the_same(server: Server, greedy_texts: list[str]):
+    body = json.dumps({"model": "tiny", "prompt": PROMPTS[3], "max_tokens": MAX_TOKENS, "temperature": 0})
+    command = ["curl", "-sS", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+    answer = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+
+    assert answer["choices"][0]["text"] == greedy_texts[3]
+
+
+def test_a_ray_handle_gets_the_same_by_the_example_of_the_readme(
+    server: Server, greedy_texts: list[str], tmp_path: Path
+):
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "handle" in block]
+    body = {"model": "tiny", "prompt": PROMPTS[5], "max_tokens": MAX_TOKENS, "temperature": 0}
+    example = re.sub(r"^body = .*$", f"body = {body!r}", example, count=1, flags=re.M)
+    example = example.replace('get_app_handle("tiny")', 'get_app_handle("test")')
+    (tmp_path / "example.py").write_text(example)
+    environment = {**server.environment, "RAY_ADDRESS": "auto"}
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "example.py")], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+    assert result.returncode == 0, result.stderr
+    whole, _, streamed = result.stdout.partition("\n---\n")
+    assert whole == greedy_texts[5]
+    assert streamed.rstrip("\n") == greedy_texts[5].rstrip("\n")
+
+
+async def test_200_streams_closed_at_once_leave_nothing_behind(server: Server):
+    async def open_stream(index: int) -> asyncio.StreamWriter:
+        body = {"model": "tiny", "prompt": [index] * 20, "max_tokens": 200, "stream": True, "ignore_eos": True}
+        payload = json.dumps(body).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(payload), payload)
+        )
+        await writer.drain()
+        return writer
+
+    def num_open() -> float:
+        return server.metric("num_requests_running") + server.metric("num_requests_waiting")
+
+    writers = await asyncio.gather(*map(open_stream, range(200)))
+    await asyncio.to_thread(server.wait_until, lambda: num_open() >= 150, timeout_s=60, message="not all are open")
+    for writer in writers:
+        writer.transport.abort()
+    await asyncio.to_thread(
+        server.wait_until,
+        lambda: num_open() == 0 and server.metric("kv_cache_usage_perc") == 0,
+        timeout_s=10,
+        message="requests or blocks are left",
+    )
+
+
+async def test_a_client_that_leaves_before_its_whole_answer_frees_its_blocks(
+    server: Server, client: openai.AsyncOpenAI
+):
+    asking = asyncio.create_task(
+        client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=250, extra_body={"ignore_eos": True})
+    )
+    await asyncio.to_thread(
+        server.wait_until, lambda: server.metric("num_requests_running") == 1, timeout_s=10, message="not running"
+    )
+    asking.cancel()
+    await asyncio.to_thread(
+        server.wait_until, lambda: server.metric("kv_cache_usage_perc") == 0, timeout_s=1, message="blocks are held"
+    )
+
+
+def test_the_start_tells_how_long_each_phase_took(server: Server):
+    for phase in ("model description", "stages with weights and KV cache", "warm-up", "ready after"):
+        assert re.search(rf"{phase}.* \d+\.\d s", server.log), f"{phase} is not in the log"
+
+
+def test_models_name_the_checkpoint(server: Server, checkpoint: Path):
+    status, body = server.get("/v1/models")
+    (model,) = json.loads(body)["data"]
+
+    assert status == 200
+    assert (model["id"], model["root"], model["max_model_len"]) == ("tiny", str(checkpoint), 256)

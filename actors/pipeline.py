@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,11 @@ Stages = Sequence[Any]
 """Handles of `StageActor`, first to last."""
 
 _HEALTH_TIMEOUT_S = 10.0
+_HEARTBEAT_S = 1.0
+"""While a step takes longer than this, the stages are asked for a sign of life as often."""
 _CLOSE_TIMEOUT_S = 5.0
+# Of Ray 2.60: the result of a graph that was closed meanwhile is an error that its own code then tries to iterate over.
+_GRAPH_ERRORS = (RayError, TypeError)
 
 
 def stage_bundle(device: str) -> dict[str, float]:
@@ -72,7 +77,7 @@ async def start_stages(
         for stage in range(num_stages)
     ]
     try:
-        num_blocks = min(await asyncio.gather(*(stage.num_blocks.remote() for stage in stages)))
+        num_blocks = min(await asyncio.gather(*(stage.load.remote() for stage in stages)))
         await asyncio.gather(*(stage.start.remote(num_blocks) for stage in stages))
     except RayError as error:
         if isinstance(cause := getattr(error, "cause", None), ConfigError):
@@ -102,6 +107,7 @@ class CompiledGraphPipeline:
         self._stages = stages
         self._step_timeout_s = config.step_timeout_s
         self._inside: asyncio.Queue[Any] = asyncio.Queue()
+        self._num_inside = 0
         with InputNode() as step:
             node = stages[0].execute_first.bind(step)
             for stage in stages[1:]:
@@ -117,22 +123,35 @@ class CompiledGraphPipeline:
 
     async def submit(self, step: StepInput) -> None:
         """Write the step to the first stage's channel."""
+        self._num_inside += 1
         try:
             self._inside.put_nowait(await self._graph.execute_async(step))
-        except RayError as error:
+        except _GRAPH_ERRORS as error:
             raise EngineDeadError(await self._explain(error)) from error
 
     async def receive(self) -> StepOutput:
         """Wait for the oldest step inside."""
-        future = await self._inside.get()
+        waiting = asyncio.ensure_future(self._next_output())
         try:
-            output: StepOutput = await asyncio.wait_for(future, self._step_timeout_s)
-        except TimeoutError:
-            raise EngineDeadError(
-                f"a step took longer than step_timeout_s={self._step_timeout_s}; {await self._find_dead()}"
-            ) from None
-        except RayError as error:
+            begin_s = time.monotonic()
+            while not (await asyncio.wait((waiting,), timeout=_HEARTBEAT_S))[0]:
+                # The graph does not always notice that an actor has died, and never that one is stopped.
+                if not self._num_inside:
+                    begin_s = time.monotonic()
+                elif dead := await self._find_dead():
+                    raise EngineDeadError(dead)
+                elif time.monotonic() - begin_s > self._step_timeout_s:
+                    raise EngineDeadError(f"a step took longer than step_timeout_s={self._step_timeout_s:.0f}")
+            output = waiting.result()
+        except _GRAPH_ERRORS as error:
             raise EngineDeadError(await self._explain(error)) from error
+        finally:
+            waiting.cancel()
+        self._num_inside -= 1
+        return output
+
+    async def _next_output(self) -> StepOutput:
+        output: StepOutput = await (await self._inside.get())
         return output
 
     async def check_health(self) -> None:
@@ -149,11 +168,11 @@ class CompiledGraphPipeline:
         for stage in self._stages:
             ray.kill(stage)
 
-    async def _explain(self, error: RayError) -> str:
+    async def _explain(self, error: Exception) -> str:
         return f"{type(error).__name__}; {await self._find_dead() or 'all stages answer'}"
 
     async def _find_dead(self) -> str:
-        pings = [stage.ping.options(concurrency_group="control").remote() for stage in self._stages]
+        pings = [stage.pid.options(concurrency_group="control").remote() for stage in self._stages]
         answers = await asyncio.gather(*map(_answer, pings))
         return "; ".join(f"stage {stage} {answer}" for stage, answer in enumerate(answers) if answer)
 

@@ -1,5 +1,7 @@
 """The actor of one pipeline stage: receive, compute, send."""
 
+import os
+
 import torch
 
 from rayserve_sarathi.actors.logs import log_to_stderr
@@ -7,6 +9,7 @@ from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.execution.kv_cache import fit_num_blocks
 from rayserve_sarathi.execution.model_runner import ModelRunner
 from rayserve_sarathi.execution.pipeline import StageMessage, run_stage
+from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.step import StepInput, StepOutput
@@ -15,7 +18,8 @@ from rayserve_sarathi.step import StepInput, StepOutput
 class StageActor:
     """Weights, KV cache and kernels of one stage; it knows steps, not requests.
 
-    It loads its weights when it is made; `start` then gives it a KV cache of the size that all stages agree on.
+    `load` and `start` come before the first step. They are calls of their own, as an error in a constructor would reach
+    the caller as text only, and as the size of the KV cache is agreed on by all stages.
 
     Args:
         config: The engine's.
@@ -26,20 +30,25 @@ class StageActor:
     def __init__(self, config: EngineConfig, *, stage: int, num_threads: int) -> None:
         log_to_stderr()
         torch.set_num_threads(num_threads)
+        self._config = config
         self._stage = stage
-        self._block_size = config.block_size
-        info = resolve_model(config)
-        self._decoder = load_decoder(config, info, stage=stage)
-        self._num_blocks = fit_num_blocks(config, info, self._decoder)
+        self._decoder: Decoder | None = None
         self._runner: ModelRunner | None = None
 
-    def num_blocks(self) -> int:
-        """Return how many KV blocks there is room for."""
-        return self._num_blocks
+    def load(self) -> int:
+        """Load the weights; return how many KV blocks there is room for.
+
+        Raises:
+            ConfigError: The weights are not to be had, or leave no room.
+        """
+        info = resolve_model(self._config)
+        self._decoder = load_decoder(self._config, info, stage=self._stage)
+        return fit_num_blocks(self._config, info, self._decoder)
 
     def start(self, num_blocks: int) -> None:
         """Allocate the KV cache."""
-        self._runner = ModelRunner(self._decoder, num_blocks=num_blocks, block_size=self._block_size)
+        assert self._decoder is not None, "load comes before start"
+        self._runner = ModelRunner(self._decoder, num_blocks=num_blocks, block_size=self._config.block_size)
 
     def execute_first(self, step: StepInput) -> StageMessage | StepOutput:
         """Compute the first stage's part of a step."""
@@ -50,5 +59,6 @@ class StageActor:
         assert self._runner is not None, "start comes before the first step"
         return run_stage(self._runner, message, stage=self._stage)
 
-    def ping(self) -> None:
-        """Return: the process lives."""
+    def pid(self) -> int:
+        """Return the id of its process: a sign of life, and what an operator looks for."""
+        return os.getpid()

@@ -1,6 +1,7 @@
 """Settings of the test process."""
 
 import os
+import secrets
 
 import torch
 
@@ -8,3 +9,7 @@ import torch
 torch.set_num_threads(1)
 # Before huggingface_hub is imported: no test may depend on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before ray is imported: the clusters that tests start let nobody in but the test's own processes.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -1,7 +1,6 @@
 """A Ray cluster of a test's own: its temporary folder, ports and token are no other's, and it ends with the test."""
 
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -34,13 +33,6 @@ def ray_environment() -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         "RAY_TMPDIR": folder,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_LOG_TO_STDERR": "1",
-        "HF_HUB_OFFLINE": "1",
-        # Of the test runner's own: they would reach every worker.
-        "PYTHONWARNINGS": "default",
     }
     environment.pop("RAY_ADDRESS", None)
     try:

@@ -1,0 +1,66 @@
+"""Deployment settings: every field checked, every typo answered."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayserve_sarathi.config import AppConfig, EngineConfig, SchedulerConfig, parse
+from rayserve_sarathi.errors import ConfigError
+
+DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "model: field required"),
+        ({"model": ""}, "model is empty"),
+        ({"model": "m", "blok_size": 16}, "unknown setting blok_size; did you mean block_size"),
+        ({"model": "m", "scheduler": {"token_budgt": 1}}, "did you mean scheduler.token_budget"),
+        ({"model": "m", "ingress": {"api_key": []}}, "did you mean ingress.api_keys"),
+        ({"model": "m", "zzz": 1}, "unknown setting zzz; use one of"),
+        ({"model": "m", "block_size": "16"}, "block_size: input should be a valid integer, got '16'"),
+        ({"model": "m", "block_size": True}, "block_size: input should be a valid integer, got True"),
+        ({"model": "m", "block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"model": "m", "pipeline_parallel_size": 0}, "pipeline_parallel_size must be at least 1"),
+        ({"model": "m", "max_model_len": 0}, "max_model_len must be at least 1"),
+        ({"model": "m", "num_gpu_blocks_override": -1}, "num_gpu_blocks_override must be at least 1"),
+        ({"model": "m", "kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be at least 1"),
+        ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be greater than 0"),
+        ({"model": "m", "step_timeout_s": 0}, "step_timeout_s must be greater than 0"),
+        ({"model": "m", "seed": -1}, "seed must be at least 0"),
+        ({"model": "m", "transport": "pigeon"}, "transport: input should be 'compiled_graph' or 'inline'"),
+        ({"model": "m", "dtype": "int4"}, "dtype: input should be"),
+        ({"model": "m", "device": "tpu"}, "device: input should be"),
+        ({"model": "m", "load_format": "pt"}, "load_format: input should be"),
+        ({"model": "m", "scheduler": 3}, "scheduler: input should be an object"),
+        ({"model": "m", "scheduler": {"token_budget": 0}}, "token_budget must be at least 1"),
+        ({"model": "m", "scheduler": {"max_num_seqs": 0}}, "max_num_seqs must be at least 1"),
+        ({"model": "m", "scheduler": {"max_num_partial_prefills": 0}}, "max_num_partial_prefills must be at least 1"),
+        ({"model": "m", "scheduler": {"max_num_waiting": 0}}, "max_num_waiting must be at least 1"),
+        ({"model": "m", "scheduler": {"watermark": 1}}, "watermark must be at least 0 and less than 1"),
+        ({"model": "m", "ingress": {"api_keys": [""]}}, "empty key"),
+        ({"model": "m", "ingress": {"max_body_bytes": 0}}, "max_body_bytes must be at least 1"),
+        ({"model": "m", "ingress": {"request_timeout_s": -1}}, "request_timeout_s must be greater than 0"),
+    ],
+)
+def test_a_wrong_setting_is_answered_with_what_would_do(settings: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as caught:
+        parse(AppConfig, settings)
+    assert message in str(caught.value)
+
+
+def test_nested_settings_and_lists_arrive():
+    config = parse(AppConfig, {"model": "m", "scheduler": {"token_budget": 7}, "ingress": {"api_keys": ["a", "b"]}})
+
+    assert config.scheduler == SchedulerConfig(token_budget=7)
+    assert config.ingress.api_keys == ("a", "b")
+    assert config.model_name == "m"
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOYMENTS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_deployment_files_hold_valid_settings(path: Path):
+    for application in yaml.safe_load(path.read_text())["applications"]:
+        assert isinstance(parse(AppConfig, application["args"]), EngineConfig)

@@ -8,6 +8,8 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayserve_sarathi.actors.logs import log_to_stderr
 from rayserve_sarathi.actors.remote_engine import RemoteEngine
@@ -62,7 +64,9 @@ class OpenAIIngress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the object is made."""
-        return build_service_app(self._service, self._config)
+        app = build_service_app(self._service, self._config)
+        app.add_middleware(_WithoutRequestId)
+        return app
 
     async def completions(self, body: Mapping[str, object]) -> JsonObject:
         """Return the answer to a body of `/v1/completions`."""
@@ -81,3 +85,18 @@ class OpenAIIngress:
         """Yield the chunks of the answer to a body of `/v1/chat/completions`."""
         async for chunk in self._service.stream_chat_completions(body):
             yield chunk
+
+
+class _WithoutRequestId:
+    """Takes `x-request-id` off each answer, as Serve's proxy appends it too and a client would see it twice."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_without)

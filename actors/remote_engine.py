@@ -18,7 +18,7 @@ from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
 logger = logging.getLogger(__name__)
 
 _SUBMIT_TIMEOUT_S = 60.0
-_CONTROL_TIMEOUT_S = 10.0
+_CONTROL_TIMEOUT_S = 5.0
 _CLAIM_PERIOD_S = 5.0
 _CALL_ERRORS = (RayError, RayServeException, TimeoutError)
 

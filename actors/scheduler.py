@@ -17,7 +17,7 @@ from rayserve_sarathi.actors.outboxes import Outboxes
 from rayserve_sarathi.actors.pipeline import CompiledGraphPipeline, num_stage_threads, start_stages
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.engine import Engine, make_inline_pipeline, make_scheduler, max_steps_in_flight
-from rayserve_sarathi.errors import OverloadedError, SarathiError
+from rayserve_sarathi.errors import SarathiError
 from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.models.load import resolve_dtype
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
@@ -98,11 +98,11 @@ class SchedulerActor:
         """Hear which requests an ingress still has; one that it has twice not named is aborted."""
         self._abort(self._outboxes.claim(ingress, request_ids))
 
-    async def find_overload(self, num_requests: int) -> OverloadedError | None:
+    async def find_overload(self, num_requests: int) -> SarathiError | None:
         """Return why `num_requests` more would be refused now, or None."""
         try:
             self._engine.check_capacity(num_requests)
-        except OverloadedError as error:
+        except SarathiError as error:
             return error
         return None
 

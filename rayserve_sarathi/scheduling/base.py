@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from rayserve_sarathi.config import SchedulerConfig
-from rayserve_sarathi.errors import ContextLengthError, OverloadedError
+from rayserve_sarathi.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from rayserve_sarathi.kv.block_manager import BlockManager
 from rayserve_sarathi.metrics import SchedulerMetrics, SchedulerState
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput
@@ -84,8 +84,15 @@ class Scheduler(ABC):
 
         Raises:
             OverloadedError: It has not; `retry_after_s` is when half of it will have left at the present rate.
+            InvalidRequestError: It never has.
         """
         num_waiting, limit = len(self._waiting), self.config.max_num_waiting
+        if num_requests > limit:
+            raise InvalidRequestError(
+                f"{num_requests} sequences (prompts times n) in one request are more than the queue of {limit} holds;"
+                " send fewer at once",
+                param="n",
+            )
         if num_waiting + num_requests > limit:
             raise OverloadedError(
                 f"{num_waiting} requests are waiting and at most {limit} may; try again later",

@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,26 @@ class Server:
             with error:
                 return error.code, error.read().decode()
 
+    def is_ready(self) -> bool:
+        """Whether `/health/ready` says so."""
+        try:
+            return self.get("/health/ready")[0] == 200
+        except OSError:
+            return False
+
+    def pids(self, title: str) -> list[int]:
+        """Return the processes of its cluster whose title begins with `title`, such as `ray::StageActor`."""
+        mark = f"RAY_TMPDIR={self.environment['RAY_TMPDIR']}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = mark in (process / "environ").read_bytes().split(b"\0")
+                if is_ours and (process / "cmdline").read_bytes().startswith(title.encode()):
+                    found.append(int(process.name))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # it has ended, or is another user's
+        return sorted(found)
+
     def metric(self, name: str) -> float:
         """Return the sum of a metric over its labels."""
         _, text = self.get("/metrics")
@@ -86,18 +106,25 @@ class Server:
 
 
 @contextmanager
-def serve_run(folder: Path, args: dict[str, Any], *, name: str = "test") -> Iterator[Server]:
-    """Start `serve run` with the `args` of an application; yield once it is ready; stop it as Ctrl-C does."""
+def serve_run(folder: Path, args: dict[str, Any], *, deployments: Sequence[dict[str, Any]] = ()) -> Iterator[Server]:
+    """Start `serve run` with an application named `test`; yield once it is ready; stop it as Ctrl-C does.
+
+    Args:
+        folder: Where its file and its log go.
+        args: Those of the application.
+        deployments: Overrides of deployments' options, as in a Serve config file.
+    """
     port = free_port()
     config = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [
             {
-                "name": name,
+                "name": "test",
                 "route_prefix": "/",
                 "import_path": "rayserve_sarathi.actors.app:build_app",
                 "args": args,
+                "deployments": list(deployments),
             }
         ],
     }
@@ -121,10 +148,7 @@ def serve_run(folder: Path, args: dict[str, Any], *, name: str = "test") -> Iter
 def _wait_until_ready(server: Server, process: "subprocess.Popen[bytes]", *, timeout_s: float = 180.0) -> None:
     def is_ready() -> bool:
         assert process.poll() is None, f"serve run ended:\n{server.log[-4000:]}"
-        try:
-            return server.get("/health/ready")[0] == 200
-        except OSError:
-            return False
+        return server.is_ready()
 
     try:
         server.wait_until(is_ready, timeout_s=timeout_s, message="not ready")

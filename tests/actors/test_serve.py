@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx2
 import openai
 import pytest
 from transformers import AutoTokenizer
@@ -95,6 +98,16 @@ def test_curl_gets_the_same(server: Server, greedy_texts: list[str]):
     assert answer["choices"][0]["text"] == greedy_texts[3]
 
 
+async def test_an_answer_carries_the_request_id_of_its_client_once(server: Server):
+    async with httpx2.AsyncClient() as client:
+        answer = await client.get(f"{server.url}/v1/models", headers={"x-request-id": "mine-1"})
+        other = await client.get(f"{server.url}/nothing")
+
+    assert answer.headers.get_list("x-request-id") == ["mine-1"]
+    assert len(other.headers.get_list("x-request-id")) == 1
+    assert other.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_a_ray_handle_gets_the_same_by_the_example_of_the_readme(
     server: Server, greedy_texts: list[str], tmp_path: Path
 ):
@@ -167,3 +180,46 @@ def test_models_name_the_checkpoint(server: Server, checkpoint: Path):
 
     assert status == 200
     assert (model["id"], model["root"], model["max_model_len"]) == ("tiny", str(checkpoint), 256)
+
+
+async def test_a_killed_stage_ends_its_requests_clearly_and_the_pipeline_comes_back(
+    server: Server, client: openai.AsyncOpenAI, greedy_texts: list[str]
+):
+    asking = asyncio.create_task(
+        client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=250, extra_body={"ignore_eos": True})
+    )
+    await asyncio.to_thread(
+        server.wait_until, lambda: server.metric("num_requests_running") == 1, timeout_s=10, message="not running"
+    )
+    os.kill(server.pids("ray::StageActor")[0], signal.SIGKILL)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await asyncio.wait_for(asking, 30)
+
+    assert caught.value.status_code in (500, 503)
+    await asyncio.to_thread(server.wait_until, server.is_ready, timeout_s=120, message="not ready again")
+    assert await complete(client, PROMPTS[11]) == greedy_texts[11]
+
+
+async def test_two_inline_pipelines_share_the_requests(checkpoint: Path, greedy_texts: list[str], tmp_path: Path):
+    args = {"model": str(checkpoint), "served_model_name": "tiny", "transport": "inline", "max_model_len": 256}
+    replicas = [{"name": "SchedulerActor", "num_replicas": 2}]
+    with serve_run(tmp_path, args, deployments=replicas) as server:
+        server.wait_until(
+            lambda: server.get("/metrics")[1].count("\nsarathi_request_started_total") == 2,
+            timeout_s=60,
+            message="there are not two pipelines",
+        )
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            answers = []
+            for first in range(0, len(PROMPTS), 4):
+                answers += await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS[first : first + 4]))
+        _, metrics = server.get("/metrics")
+    started = [
+        float(line.rsplit(" ", 1)[1])
+        for line in metrics.splitlines()
+        if line.startswith("sarathi_request_started_total")
+    ]
+
+    assert answers == greedy_texts
+    assert sum(started) == len(PROMPTS)
+    assert min(started) > 0

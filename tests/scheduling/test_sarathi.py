@@ -282,6 +282,11 @@ def test_a_full_queue_refuses_with_a_time_to_come_back():
     assert caught.value.retry_after_s >= 1
 
 
+def test_more_sequences_than_the_queue_can_ever_hold_are_refused_for_good():
+    with pytest.raises(InvalidRequestError, match=r"3 sequences .* more than the queue of 2 holds"):
+        make_scheduler(max_num_waiting=2).check_capacity(3)
+
+
 def test_a_failed_step_ends_its_requests_and_no_other():
     driver = make_driver(token_budget=8)
     driver.add(make_request("bad", prompt=8))

@@ -1,7 +1,7 @@
 """KV blocks of requests: the prefix cache, allocation at admission, growth during decode."""
 
 from rayserve_sarathi.kv.block_pool import BlockPool
-from rayserve_sarathi.kv.prefix_cache import extend_hashes, root_hash
+from rayserve_sarathi.kv.prefix_cache import extend_hashes
 from rayserve_sarathi.request import Request
 
 
@@ -45,7 +45,7 @@ class BlockManager:
                 request.block_hashes,
                 request.token_ids,
                 block_size=self.block_size,
-                root=root_hash(request.cache_salt),
+                cache_salt=request.cache_salt,
             )
 
     def find_prefix(self, request: Request) -> list[int]:

@@ -9,14 +9,20 @@ from hashlib import blake2b
 _DIGEST_BYTES = 16
 
 
-def root_hash(cache_salt: str) -> bytes:
-    """Return the parent of first blocks; requests of different salts share nothing."""
-    return blake2b(cache_salt.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).digest()
+def extend_hashes(hashes: list[bytes], token_ids: "array[int]", *, block_size: int, cache_salt: str) -> None:
+    """Append the hashes of the full blocks of `token_ids` that `hashes` lacks, in place.
 
-
-def extend_hashes(hashes: list[bytes], token_ids: "array[int]", *, block_size: int, root: bytes) -> None:
-    """Append the hashes of the full blocks of `token_ids` that `hashes` lacks, in place."""
-    parent = hashes[-1] if hashes else root
+    Args:
+        hashes: Hash of each full block so far.
+        token_ids: All tokens.
+        block_size: Tokens in a block.
+        cache_salt: Begins the chain, so that requests of different salts have no hash in common.
+    """
+    parent = hashes[-1] if hashes else _hash(cache_salt.encode("utf-8", "surrogatepass"))
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = blake2b(parent + token_ids[start : start + block_size].tobytes(), digest_size=_DIGEST_BYTES).digest()
+        parent = _hash(parent + token_ids[start : start + block_size].tobytes())
         hashes.append(parent)
+
+
+def _hash(content: bytes) -> bytes:
+    return blake2b(content, digest_size=_DIGEST_BYTES).digest()

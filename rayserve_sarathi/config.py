@@ -69,6 +69,7 @@ class EngineConfig:
     dtype: Dtype = "auto"
     """`auto` takes the checkpoint's on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs where the cluster has any."""
     max_model_len: int | None = None
     """Most tokens of a request, prompt and output; None takes the model's own limit."""
     block_size: int = 16
@@ -77,9 +78,11 @@ class EngineConfig:
     """KV blocks of each stage; None fills `kv_cache_memory_bytes`."""
     kv_cache_memory_bytes: int | None = None
     """KV memory of each stage; None takes what `gpu_memory_utilization` leaves on a GPU, and on a CPU as much as
-    `max_num_seqs` requests of `max_model_len` need but at most a quarter of the free memory."""
+    `max_num_seqs` requests of `max_model_len` need but, over all stages, at most a quarter of the free memory."""
     gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that a stage may take, for weights, activations and KV cache together."""
     enable_prefix_caching: bool = True
+    """Whether requests share the KV of equal beginnings."""
     attention_backend: str = "auto"
     """See `kernels.attention.ATTENTION_BACKENDS`."""
     pipeline_parallel_size: int = 1
@@ -126,7 +129,9 @@ class IngressConfig:
     api_keys: tuple[str, ...] = ()
     """Keys that clients must show as `Authorization: Bearer ...`; none leaves the server open."""
     max_body_bytes: int = 4 * 1024 * 1024
+    """Largest body of a request."""
     max_prompts_per_request: int = 256
+    """Most prompts in one request to `/v1/completions`."""
     max_num_choices: int = 16
     """Largest `n`."""
     request_timeout_s: float = 3600.0

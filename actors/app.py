@@ -12,6 +12,7 @@ from rayserve_sarathi.actors.ingress import OpenAIIngress
 from rayserve_sarathi.actors.pipeline import stage_bundle
 from rayserve_sarathi.actors.scheduler import SchedulerActor
 from rayserve_sarathi.config import AppConfig, EngineConfig, parse
+from rayserve_sarathi.engine import check_names
 
 # Serve's default of 5 would make the sixth stream wait for the first: admission is the scheduler's, not Serve's.
 _MAX_ONGOING_REQUESTS = 100_000
@@ -27,6 +28,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         ConfigError: A setting is unknown, malformed or out of range.
     """
     config = parse(AppConfig, args)
+    check_names(config)
     config = replace(config, device=_find_device(config))
     num_stages = config.pipeline_parallel_size if config.transport == "compiled_graph" else 0
     scheduler_bundle = {"CPU": _SCHEDULER_CPUS}
@@ -52,7 +54,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(OpenAIIngress))
-    return ingress.bind(config, scheduler.bind(config))
+    return ingress.bind(config, scheduler.bind(config.engine))
 
 
 def _find_device(config: EngineConfig) -> Any:

@@ -45,7 +45,7 @@ class OpenAIIngress:
             trust_remote_code=config.trust_remote_code,
             chat_template=config.chat_template,
         )
-        engine = RemoteEngine(
+        self._engine = RemoteEngine(
             scheduler,
             ingress=serve.get_replica_context().replica_id.unique_id,
             max_num_waiting=config.scheduler.max_num_waiting,
@@ -58,7 +58,7 @@ class OpenAIIngress:
             created=int(time.time()),
             eos_token_ids=frozenset(info.eos_token_ids),
         )
-        self._service = OpenAIService(engine, tokenizer, card, config.ingress, seed=config.seed)
+        self._service = OpenAIService(self._engine, tokenizer, card, config.ingress, seed=config.seed)
         self._config = config.ingress
         logger.info("ingress ready after %.1f s", time.monotonic() - begin_s)
 
@@ -67,6 +67,10 @@ class OpenAIIngress:
         app = build_service_app(self._service, self._config)
         app.add_middleware(_WithoutRequestId)
         return app
+
+    async def check_health(self) -> None:
+        """Serve asks this: a replica that raises is replaced."""
+        self._engine.check_health()
 
     async def completions(self, body: Mapping[str, object]) -> JsonObject:
         """Return the answer to a body of `/v1/completions`."""

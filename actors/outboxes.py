@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from rayserve_sarathi.request import RequestOutput
 
 _LINGER_S = 1.0
-"""A stream of outputs ends after this long without an open request, so that a draining replica has no calls left."""
+"""A stream of outputs ends after this long without an open request, so that a draining replica has no calls left.
+With open requests but no output, it shows that it is alive as often."""
 _SILENCE_S = 30.0
-"""An ingress that has claimed nothing for this long is dead."""
+"""An ingress that has neither read nor claimed anything for this long is dead."""
 
 
 class _Outbox:
@@ -17,7 +18,8 @@ class _Outbox:
         self.filled = asyncio.Event()
         self.open_ids: set[str] = set()
         self.unclaimed_ids: set[str] = set()
-        self.last_claim_s = now_s
+        self.last_heard_s = now_s
+        self.num_readers = 0
 
 
 class Outboxes:
@@ -59,15 +61,21 @@ class Outboxes:
                 self.close(output.request_id)
 
     async def read(self, ingress: str) -> AsyncIterator[list[RequestOutput]]:
-        """Yield all that has come since the last time, as soon as there is any."""
+        """Yield all that has come since the last time, as soon as there is any, or an empty list as a sign of life."""
         box = self._boxes.get(ingress)
-        while box is not None:
+        if box is None:
+            return
+        box.num_readers += 1
+        reader = box.num_readers
+        while True:
             try:
                 await asyncio.wait_for(box.filled.wait(), _LINGER_S)
             except TimeoutError:
                 if not box.open_ids:
                     return
-                continue
+            if reader != box.num_readers:
+                return  # the ingress reads anew; what comes now is for that stream
+            box.last_heard_s = self._clock()  # of a replica that drains it hears no more claims, only that it is read
             box.filled.clear()
             outputs, box.outputs = box.outputs, []
             yield outputs
@@ -82,7 +90,7 @@ class Outboxes:
         box = self._boxes.get(ingress)
         if box is None:
             return set()
-        box.last_claim_s = self._clock()
+        box.last_heard_s = self._clock()
         unclaimed = box.open_ids.difference(request_ids)
         abandoned = unclaimed & box.unclaimed_ids
         box.unclaimed_ids = unclaimed - abandoned
@@ -90,5 +98,5 @@ class Outboxes:
 
     def expire(self) -> set[str]:
         """Drop the boxes of ingresses that have fallen silent; return their open requests."""
-        silent = [name for name, box in self._boxes.items() if self._clock() - box.last_claim_s > _SILENCE_S]
+        silent = [name for name, box in self._boxes.items() if self._clock() - box.last_heard_s > _SILENCE_S]
         return set().union(*(self._boxes.pop(name).open_ids for name in silent))

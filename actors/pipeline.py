@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Stages = Sequence[Any]
 """Handles of `StageActor`, first to last."""
 
-_HEALTH_TIMEOUT_S = 10.0
+_HEALTH_TIMEOUT_S = 30.0
 _HEARTBEAT_S = 1.0
 """While a step takes longer than this, the stages are asked for a sign of life as often."""
 _CLOSE_TIMEOUT_S = 5.0

@@ -13,13 +13,16 @@ from ray.serve.handle import DeploymentHandle
 from rayserve_sarathi.actors.messages import OutputBatch, Submission, SubmitReply
 from rayserve_sarathi.engine import Mailboxes
 from rayserve_sarathi.errors import EngineDeadError, SarathiError
+from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_SUBMIT_TIMEOUT_S = 60.0
+_SUBMIT_TIMEOUT_S = 10.0
 _CONTROL_TIMEOUT_S = 5.0
 _CLAIM_PERIOD_S = 5.0
+_SILENCE_S = 30.0
+"""A stream of outputs shows every second that it is alive; if it does not for this long, its pipeline is lost."""
 _CALL_ERRORS = (RayError, RayServeException, TimeoutError)
 
 
@@ -47,6 +50,7 @@ class RemoteEngine:
         self._has_work = asyncio.Event()
         self._num_waiting = 0
         self._num_since_report = 0
+        self._calls: set[asyncio.Task[None]] = set()
         self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._claim())]
 
     async def check_capacity(self, num_requests: int) -> None:
@@ -88,14 +92,20 @@ class RemoteEngine:
 
     async def check_ready(self) -> None:
         """See `EngineClient`."""
+        self.check_health()
         await self._call_control(self._scheduler.check_health.remote())
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError if a loop of this object has ended, which only a bug of ours makes them do."""
+        for task in self._tasks:
+            if task.done():
+                raise EngineDeadError(f"the ingress has lost a loop: {task.exception()!r}")
 
     async def metrics(self) -> str:
         """See `EngineClient`. One section for each pipeline."""
-        texts = await self._call_control(
-            self._scheduler.broadcast("render_metrics").results_async(timeout_s=_CONTROL_TIMEOUT_S)
-        )
-        return "".join(texts)
+        call = self._scheduler.broadcast("snapshot").results_async(timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True)
+        answers = await self._call_control(call)
+        return render([answer for answer in answers if isinstance(answer, Snapshot)])
 
     def _cancel(self, request_id: str) -> None:
         # A request that no pipeline has taken yet is cancelled when one has, by `_submit`.
@@ -109,21 +119,21 @@ class RemoteEngine:
             self._has_work.clear()
             outbound, self._outbound = self._outbound, []
             cancels, self._cancels = self._cancels, {}
-            await asyncio.gather(
-                self._submit(outbound),
-                *(self._call_cancel(pipeline, request_ids) for pipeline, request_ids in cancels.items()),
-            )
+            # Each call in a task of its own, so that one without an answer holds up no other.
+            calls = [self._submit(outbound)] if outbound else []
+            calls += [self._call_cancel(pipeline, request_ids) for pipeline, request_ids in cancels.items()]
+            for call in calls:
+                task = asyncio.create_task(call)
+                self._calls.add(task)
+                task.add_done_callback(self._calls.discard)
 
     async def _submit(self, outbound: list[tuple[Submission, "asyncio.Future[None]"]]) -> None:
-        wanted = [
-            (submission, accepted) for submission, accepted in outbound if submission.request_id in self._mailboxes
-        ]
-        if not wanted:
-            return
+        wanted = [entry for entry in outbound if entry[0].request_id in self._mailboxes]
         try:
             call = self._scheduler.submit.remote(self._ingress, [submission for submission, _ in wanted])
             reply: SubmitReply = await asyncio.wait_for(call, _SUBMIT_TIMEOUT_S)
-        except _CALL_ERRORS as error:
+        except Exception as error:  # whatever it is, the clients of this call must hear of it, and others be served
+            logger.warning("could not submit %d requests", len(wanted), exc_info=error)
             for _, accepted in wanted:
                 _resolve(accepted, EngineDeadError(f"no pipeline took the request ({type(error).__name__})"))
             return
@@ -142,27 +152,36 @@ class RemoteEngine:
     async def _read(self, pipeline: str) -> None:
         """Hand out the outputs of a pipeline while requests are open there."""
         try:
-            while pipeline in self._pipeline_of.values():
+            while open_before := self._open_at(pipeline):
                 outputs: Any = self._scheduler.options(stream=True).outputs
-                batch: OutputBatch
-                async for batch in outputs.remote(self._ingress, pipeline=pipeline):
+                stream: AsyncIterator[OutputBatch] = outputs.remote(self._ingress, pipeline=pipeline)
+                while (batch := await asyncio.wait_for(anext(stream, None), _SILENCE_S)) is not None:
                     self._num_waiting = batch.num_waiting
                     self._num_since_report = 0
                     self._mailboxes.deliver(batch.outputs)
-        except _CALL_ERRORS as error:
-            logger.warning("pipeline %s is gone: %s", pipeline, error)
-            lost = [request_id for request_id, name in self._pipeline_of.items() if name == pipeline]
-            self._mailboxes.deliver(
-                RequestOutput(request_id, finish_reason=FinishReason.ERROR, error="the pipeline died")
-                for request_id in lost
-            )
+                # A stream ends when the scheduler has no request of ours: those from before it have ended or are lost.
+                self._fail(open_before, "the pipeline has lost the request")
+        except Exception as error:  # whatever it is, who reads from this pipeline must hear of it
+            logger.warning("pipeline %s is gone", pipeline, exc_info=error)
+            self._fail(self._open_at(pipeline), "the pipeline died")
         finally:
             del self._streams[pipeline]
+
+    def _open_at(self, pipeline: str) -> list[str]:
+        return [request_id for request_id, name in self._pipeline_of.items() if name == pipeline]
+
+    def _fail(self, request_ids: list[str], error: str) -> None:
+        """End requests; of one that has ended already and is not yet read to its end, nothing more is read."""
+        for request_id in request_ids:
+            self._pipeline_of.pop(request_id, None)
+        self._mailboxes.deliver(
+            RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error) for request_id in request_ids
+        )
 
     async def _call_cancel(self, pipeline: str, request_ids: list[str]) -> None:
         try:
             await asyncio.wait_for(self._scheduler.cancel.remote(request_ids, pipeline=pipeline), _CONTROL_TIMEOUT_S)
-        except _CALL_ERRORS as error:
+        except Exception as error:
             # Not lost: the next claims do not name these requests, so the scheduler aborts them.
             logger.warning("could not cancel %d requests at pipeline %s: %s", len(request_ids), pipeline, error)
 
@@ -174,7 +193,7 @@ class RemoteEngine:
                 await self._scheduler.broadcast("claim", self._ingress, list(self._mailboxes)).results_async(
                     timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True
                 )
-            except _CALL_ERRORS as error:
+            except Exception as error:  # the next claim says the same
                 logger.warning("could not claim the open requests: %s", error)
 
     async def _call_control(self, call: Awaitable[Any]) -> Any:

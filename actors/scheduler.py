@@ -17,8 +17,9 @@ from rayserve_sarathi.actors.outboxes import Outboxes
 from rayserve_sarathi.actors.pipeline import CompiledGraphPipeline, num_stage_threads, start_stages
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.engine import Engine, make_inline_pipeline, make_scheduler, max_steps_in_flight
-from rayserve_sarathi.errors import SarathiError
+from rayserve_sarathi.errors import EngineDeadError, SarathiError
 from rayserve_sarathi.execution.pipeline import Pipeline
+from rayserve_sarathi.metrics import Snapshot
 from rayserve_sarathi.models.load import resolve_dtype
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
 
@@ -50,7 +51,7 @@ class SchedulerActor:
             make_scheduler(config, info, num_blocks=num_blocks), pipeline, deliver=self._outboxes.deliver
         )
         with _phase("warm-up: first tokens through all stages"):
-            await self._engine.warm_up(min(config.scheduler.token_budget, info.max_model_len - 2))
+            await self._engine.warm_up(config.scheduler.token_budget)
         gc.collect()
         gc.freeze()  # what lives now lives for good; a collection that visits it would stall every stream
         self._running = asyncio.create_task(self._engine.run())
@@ -109,10 +110,12 @@ class SchedulerActor:
     async def check_health(self) -> None:
         """Serve asks this: a replica that raises is replaced, and with it the pipeline."""
         await self._engine.check_health()
+        if self._reclaiming.done():
+            raise EngineDeadError(f"the scheduler has lost a loop: {self._reclaiming.exception()!r}")
 
-    async def render_metrics(self) -> str:
-        """Return this pipeline's metrics in Prometheus's text format."""
-        return self._engine.render_metrics(model_name=self._config.model_name, pipeline=self._pipeline_id)
+    async def snapshot(self) -> Snapshot:
+        """Return this pipeline's metrics."""
+        return self._engine.snapshot(model_name=self._config.model_name, pipeline=self._pipeline_id)
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -6,6 +6,7 @@ nearest valid key for an unknown one.
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
@@ -100,6 +101,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model is empty; give a local folder, a hub id, or sarathi-tiny")
+        for name in ("revision", "tokenizer", "chat_template", "served_model_name"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} is empty; leave it out to take the default")
         for name in ("block_size", "pipeline_parallel_size"):
             _check_at_least(name, getattr(self, name), 1)
         for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
@@ -109,8 +113,11 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must be greater than 0 and at most 1, got {self.gpu_memory_utilization}"
             )
-        if self.step_timeout_s <= 0:
-            raise ConfigError(f"step_timeout_s must be greater than 0, got {self.step_timeout_s}")
+        if self.num_gpu_blocks_override is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                "num_gpu_blocks_override and kv_cache_memory_bytes both set the KV cache's size; give one"
+            )
+        _check_seconds("step_timeout_s", self.step_timeout_s)
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be at least 0 and less than 2**63, got {self.seed}")
 
@@ -142,8 +149,7 @@ class IngressConfig:
             raise ConfigError("api_keys holds an empty key; remove it or leave api_keys out to open the server")
         for name in ("max_body_bytes", "max_prompts_per_request", "max_num_choices"):
             _check_at_least(name, getattr(self, name), 1)
-        if self.request_timeout_s <= 0:
-            raise ConfigError(f"request_timeout_s must be greater than 0, got {self.request_timeout_s}")
+        _check_seconds("request_timeout_s", self.request_timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +157,11 @@ class AppConfig(EngineConfig):
     """The `args` of a deployment file: the engine's fields, and the ingress's under `ingress`."""
 
     ingress: IngressConfig = field(default_factory=IngressConfig)
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The engine's fields alone: the processes behind the ingress need no API keys."""
+        return EngineConfig(**{field.name: getattr(self, field.name) for field in fields(EngineConfig)})
 
 
 _Config = TypeVar("_Config", SchedulerConfig, EngineConfig, IngressConfig, AppConfig)
@@ -163,6 +174,8 @@ def parse(cls: type[_Config], settings: Mapping[str, Any]) -> _Config:
         ConfigError: A key is unknown (the message names the nearest valid one), a value has the wrong type or is out
             of range.
     """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"settings must be a mapping of names to values, got {settings!r}")
     _refuse_unknown_keys(cls, settings, path="")
     try:
         # By way of JSON, as only there a strict check still takes a mapping for a dataclass and a list for a tuple.
@@ -191,3 +204,8 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any], *, path: str) -
 def _check_at_least(name: str, value: int, low: int) -> None:
     if value < low:
         raise ConfigError(f"{name} must be at least {low}, got {value}")
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a number greater than 0, got {value}")

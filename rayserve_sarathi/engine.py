@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-from rayserve_sarathi import metrics
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError, InvalidRequestError
 from rayserve_sarathi.execution.kv_cache import fit_num_blocks
 from rayserve_sarathi.execution.model_runner import ModelRunner
 from rayserve_sarathi.execution.pipeline import InlinePipeline, Pipeline
+from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kv.block_manager import BlockManager
+from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import ModelInfo
 from rayserve_sarathi.registry import load
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[RequestOutput]], None]
 
+_MAX_FAILED_STEPS = 8
+"""A single bad step fails its own requests; so many in a row mean that the pipeline is broken."""
+
 
 def max_steps_in_flight(num_stages: int) -> int:
     """Return how many steps to keep in flight: one a stage, and one that waits so that no stage does.
@@ -31,6 +35,17 @@ def max_steps_in_flight(num_stages: int) -> int:
     With a single stage, one: a second would hold no decode (those are in the first), only delay the next ones.
     """
     return 1 if num_stages == 1 else num_stages + 1
+
+
+def check_names(config: EngineConfig) -> None:
+    """Look up what `config` names, which is cheaper to get wrong before the weights are loaded.
+
+    Raises:
+        ConfigError: There is no such policy or attention backend.
+    """
+    load("scheduler policy", config.scheduler.policy, SCHEDULERS)
+    if config.attention_backend != "auto":
+        load("attention backend", config.attention_backend, ATTENTION_BACKENDS)
 
 
 def make_scheduler(config: EngineConfig, info: ModelInfo, *, num_blocks: int) -> Scheduler:
@@ -51,6 +66,7 @@ def make_scheduler(config: EngineConfig, info: ModelInfo, *, num_blocks: int) ->
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
         max_steps_in_flight=max_steps_in_flight(config.pipeline_parallel_size),
+        num_decode_groups=config.pipeline_parallel_size,
     )
     return scheduler
 
@@ -96,7 +112,7 @@ class Engine:
             EngineDeadError: The pipeline is dead.
         """
         self._check_alive()
-        self._scheduler.check_capacity(num_requests)
+        self._scheduler.check_capacity(num_requests, self._clock())
 
     def add(
         self,
@@ -133,13 +149,15 @@ class Engine:
             self._wake.set()  # what it held may be what another waits for
 
     async def warm_up(self, num_tokens: int) -> None:
-        """Send a prompt of `num_tokens` and a generated token through all stages; after this the engine is ready.
+        """Send a prompt of up to `num_tokens` and two generated tokens through all stages; then the engine is ready.
 
         Raises:
             EngineDeadError: They did not come through.
         """
-        sampling = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
-        self._scheduler.add(Request("warm-up", [0] * num_tokens, sampling, cache_salt="warm-up"))
+        room = self._scheduler.max_model_len
+        prompt = [0] * max(min(num_tokens, room - 2), 1)
+        sampling = SamplingParams(max_tokens=min(2, room - len(prompt)), temperature=0, ignore_eos=True)
+        self._scheduler.add(Request("warm-up", prompt, sampling, cache_salt="warm-up"))
         while self._scheduler.has_unfinished_requests:
             step = self._scheduler.schedule(self._clock())
             assert step is not None, "a request is open, and nothing is in flight"
@@ -158,6 +176,9 @@ class Engine:
         submitting = asyncio.create_task(self._submit_steps())
         try:
             await self._receive_steps(submitting)
+        except asyncio.CancelledError:
+            self._die("the engine was stopped")
+            raise
         except Exception as error:  # the outermost frame of the loop: whoever waits for tokens must hear of it
             logger.exception("the engine stops")
             fault = str(error) if isinstance(error, EngineDeadError) else f"internal error ({type(error).__name__})"
@@ -180,11 +201,10 @@ class Engine:
         """Requests that wait for their first step."""
         return self._scheduler.num_waiting
 
-    def render_metrics(self, *, model_name: str, pipeline: str) -> str:
-        """Return the scheduler's metrics in Prometheus's text format."""
-        return metrics.render(
-            self._scheduler.metrics, self._scheduler.state(), model_name=model_name, pipeline=pipeline
-        )
+    def snapshot(self, *, model_name: str, pipeline: str) -> Snapshot:
+        """Return the scheduler's metrics as they are now."""
+        scheduler = self._scheduler
+        return Snapshot(model_name=model_name, pipeline=pipeline, metrics=scheduler.metrics, state=scheduler.state())
 
     async def _submit_steps(self) -> None:
         while True:
@@ -194,18 +214,23 @@ class Engine:
             await self._wake.wait()
 
     async def _receive_steps(self, submitting: "asyncio.Task[None]") -> None:
+        num_failures = 0
         while True:
             receiving = asyncio.ensure_future(self._pipeline.receive())
             try:
                 await asyncio.wait((receiving, submitting), return_when=asyncio.FIRST_COMPLETED)
                 if submitting.done():
                     submitting.result()  # it ends only by an error
-                outputs = self._scheduler.update(receiving.result(), self._clock())
+                step_output = receiving.result()
             finally:
                 receiving.cancel()
+            outputs = self._scheduler.update(step_output, self._clock())
             self._wake.set()
             if outputs:
                 self._deliver(outputs)
+            num_failures = 0 if step_output.error is None else num_failures + 1
+            if num_failures >= _MAX_FAILED_STEPS:
+                raise EngineDeadError(f"{num_failures} steps in a row failed; the last one: {step_output.error}")
 
     def _die(self, fault: str) -> None:
         self._fault = fault
@@ -276,6 +301,7 @@ class LocalEngine:
         self, scheduler: Scheduler, pipeline: Pipeline, *, eos_token_ids: Iterable[int], model_name: str
     ) -> None:
         self._mailboxes = Mailboxes()
+        self._pipeline = pipeline
         self._engine = Engine(scheduler, pipeline, deliver=self._mailboxes.deliver)
         self._eos_token_ids = tuple(eos_token_ids)
         self._model_name = model_name
@@ -289,6 +315,7 @@ class LocalEngine:
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        await self._pipeline.close()
 
     async def check_capacity(self, num_requests: int) -> None:
         """See `EngineClient`."""
@@ -322,4 +349,4 @@ class LocalEngine:
 
     async def metrics(self) -> str:
         """See `EngineClient`."""
-        return self._engine.render_metrics(model_name=self._model_name, pipeline="0")
+        return render([self._engine.snapshot(model_name=self._model_name, pipeline="0")])

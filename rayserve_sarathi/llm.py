@@ -11,8 +11,8 @@ from typing import Any, NoReturn, Self, TypeVar, cast
 from tqdm import tqdm
 
 from rayserve_sarathi.config import EngineConfig, parse
-from rayserve_sarathi.engine import LocalEngine, make_inline_pipeline, make_scheduler
-from rayserve_sarathi.errors import EngineDeadError, InvalidRequestError, SarathiError
+from rayserve_sarathi.engine import LocalEngine, check_names, make_inline_pipeline, make_scheduler
+from rayserve_sarathi.errors import ConfigError, EngineDeadError, InvalidRequestError, SarathiError
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.request import FinishReason, SamplingParams, TokenLogprobs
 from rayserve_sarathi.text.chat_template import ChatOptions
@@ -59,6 +59,9 @@ class LLM:
 
     def __init__(self, model: str, **settings: Any) -> None:
         config = parse(EngineConfig, {"model": model, "transport": "inline", **settings})
+        if config.transport != "inline":
+            raise ConfigError(f"transport {config.transport} needs Ray; offline use has inline alone")
+        check_names(config)
         # The queue's limit protects a server from its clients; here there is only the caller.
         config = replace(config, scheduler=replace(config.scheduler, max_num_waiting=sys.maxsize))
         info = resolve_model(config)
@@ -95,7 +98,7 @@ class LLM:
         return self._call(self._engine.metrics())
 
     def close(self) -> None:
-        """Stop the engine and free the model's memory with it."""
+        """Stop the engine; requests that are still open fail."""
         self._finalizer()
 
     def generate(
@@ -153,7 +156,15 @@ class LLM:
             return self._call(self._run_all(prompts, each, progress))
 
     def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise EngineDeadError("this LLM is closed")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C too: what nobody waits for any more must not run on
+            future.cancel()
+            raise
 
     async def _run_all(
         self, prompts: list[list[int]], sampling: list[SamplingParams], progress: "tqdm[NoReturn]"

@@ -6,14 +6,16 @@ its exposition is used as it is.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 _PREFIX = "sarathi_"
+_LABELS = ("model_name", "pipeline")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -99,59 +101,81 @@ class SchedulerState:
     token_budget: int
 
 
-class _SchedulerCollector(Collector):
-    def __init__(self, metrics: SchedulerMetrics, state: SchedulerState, labels: dict[str, str]) -> None:
-        self._metrics = metrics
-        self._state = state
-        self._labels = labels
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The metrics of one pipeline at one moment."""
+
+    model_name: str
+    pipeline: str
+    metrics: SchedulerMetrics
+    state: SchedulerState
+
+
+def render(snapshots: Sequence[Snapshot]) -> str:
+    """Return the metrics of all pipelines in Prometheus's text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_SnapshotCollector(snapshots))
+    return generate_latest(registry).decode()
+
+
+class _SnapshotCollector(Collector):
+    def __init__(self, snapshots: Sequence[Snapshot]) -> None:
+        self._snapshots = snapshots
 
     def collect(self) -> Iterator[Metric]:
-        metrics, state = self._metrics, self._state
-        yield self._gauge("num_requests_running", "Requests being computed", state.num_requests_running)
-        yield self._gauge("num_requests_waiting", "Requests that wait", state.num_requests_waiting)
-        yield self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1", state.kv_cache_usage)
-        yield self._gauge("prefill_backlog_tokens", "Tokens of prompts not yet computed", state.prefill_backlog_tokens)
-        yield self._gauge("num_steps_in_flight", "Steps submitted and not returned", state.num_steps_in_flight)
-        yield self._gauge("token_budget", "Most tokens in a step", state.token_budget)
-        yield self._counter("request_started", "Requests accepted", metrics.num_started)
-        success = CounterMetricFamily(
-            f"{_PREFIX}request_success", "Requests ended", labels=[*self._labels, "finished_reason"]
+        yield self._gauge("num_requests_running", "Running", lambda s: s.state.num_requests_running)
+        yield self._gauge("num_requests_waiting", "Waiting", lambda s: s.state.num_requests_waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", lambda s: s.state.kv_cache_usage)
+        yield self._gauge("prefill_backlog_tokens", "Tokens to prefill", lambda s: s.state.prefill_backlog_tokens)
+        yield self._gauge("num_steps_in_flight", "Steps not returned", lambda s: s.state.num_steps_in_flight)
+        yield self._gauge("token_budget", "Most tokens in a step", lambda s: s.state.token_budget)
+        yield self._counter("request_started", "Requests accepted", lambda s: s.metrics.num_started)
+        yield self._success()
+        yield self._counter("num_preemptions", "Requests preempted", lambda s: s.metrics.num_preemptions)
+        yield self._counter("recomputed_tokens", "Tokens computed again", lambda s: s.metrics.num_recomputed_tokens)
+        yield self._counter("prompt_tokens", "Computed or found in the cache", lambda s: s.metrics.num_prompt_tokens)
+        yield self._counter("generation_tokens", "Tokens generated", lambda s: s.metrics.num_generation_tokens)
+        yield self._counter("prefix_cache_queries", "Tokens looked up", lambda s: s.metrics.num_prefix_cache_queries)
+        yield self._counter("prefix_cache_hits", "Tokens found", lambda s: s.metrics.num_prefix_cache_hits)
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "Arrival to first token", "time_to_first_token_s"),
+            ("inter_token_latency_seconds", "Between two tokens", "inter_token_latency_s"),
+            ("e2e_request_latency_seconds", "Arrival to end", "e2e_request_latency_s"),
+            ("request_queue_time_seconds", "Arrival to first step", "request_queue_time_s"),
+            ("request_prefill_time_seconds", "First step to first token", "request_prefill_time_s"),
+            ("request_decode_time_seconds", "First token to end", "request_decode_time_s"),
+            ("iteration_tokens_total", "Tokens in a step", "iteration_tokens"),
+        ):
+            yield self._histogram(name, text, attrgetter(histogram))
+
+    def _gauge(self, name: str, text: str, value: Callable[[Snapshot], float]) -> Metric:
+        family = GaugeMetricFamily(_PREFIX + name, text, labels=_LABELS)
+        for snapshot in self._snapshots:
+            family.add_metric(_labels(snapshot), value(snapshot))
+        return family
+
+    def _counter(self, name: str, text: str, value: Callable[[Snapshot], float]) -> Metric:
+        family = CounterMetricFamily(_PREFIX + name, text, labels=_LABELS)
+        for snapshot in self._snapshots:
+            family.add_metric(_labels(snapshot), value(snapshot))
+        return family
+
+    def _success(self) -> Metric:
+        family = CounterMetricFamily(
+            f"{_PREFIX}request_success", "Requests ended", labels=[*_LABELS, "finished_reason"]
         )
-        for reason, count in sorted(metrics.num_finished.items()):
-            success.add_metric([*self._labels.values(), reason], count)
-        yield success
-        yield self._counter("num_preemptions", "Requests preempted", metrics.num_preemptions)
-        yield self._counter("recomputed_tokens", "Tokens computed again", metrics.num_recomputed_tokens)
-        yield self._counter("prompt_tokens", "Prompt tokens computed or found in the cache", metrics.num_prompt_tokens)
-        yield self._counter("generation_tokens", "Tokens generated", metrics.num_generation_tokens)
-        yield self._counter("prefix_cache_queries", "Tokens looked up", metrics.num_prefix_cache_queries)
-        yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache", metrics.num_prefix_cache_hits)
-        yield self._histogram("time_to_first_token_seconds", "Arrival to first token", metrics.time_to_first_token_s)
-        yield self._histogram("inter_token_latency_seconds", "Between two tokens", metrics.inter_token_latency_s)
-        yield self._histogram("e2e_request_latency_seconds", "Arrival to end", metrics.e2e_request_latency_s)
-        yield self._histogram("request_queue_time_seconds", "Arrival to first step", metrics.request_queue_time_s)
-        yield self._histogram("request_prefill_time_seconds", "First step to token", metrics.request_prefill_time_s)
-        yield self._histogram("request_decode_time_seconds", "First token to end", metrics.request_decode_time_s)
-        yield self._histogram("iteration_tokens_total", "Tokens in a step", metrics.iteration_tokens)
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(_PREFIX + name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
+        for snapshot in self._snapshots:
+            for reason, count in sorted(snapshot.metrics.num_finished.items()):
+                family.add_metric([*_labels(snapshot), reason], count)
         return family
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(_PREFIX + name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
-
-    def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
-        family = HistogramMetricFamily(_PREFIX + name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), histogram.buckets(), histogram.sum)
+    def _histogram(self, name: str, text: str, value: Callable[[SchedulerMetrics], Histogram]) -> Metric:
+        family = HistogramMetricFamily(_PREFIX + name, text, labels=_LABELS)
+        for snapshot in self._snapshots:
+            histogram = value(snapshot.metrics)
+            family.add_metric(_labels(snapshot), histogram.buckets(), histogram.sum)
         return family
 
 
-def render(metrics: SchedulerMetrics, state: SchedulerState, *, model_name: str, pipeline: str) -> str:
-    """Return the metrics of one pipeline in Prometheus's text format."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_SchedulerCollector(metrics, state, {"model_name": model_name, "pipeline": pipeline}))
-    return generate_latest(registry).decode()
+def _labels(snapshot: Snapshot) -> list[str]:
+    return [snapshot.model_name, snapshot.pipeline]

@@ -53,6 +53,7 @@ def make_scheduler(
     block_size: int = 4,
     max_model_len: int | None = None,
     max_steps_in_flight: int = 1,
+    num_decode_groups: int = 1,
     enable_prefix_caching: bool = True,
     **config: Any,
 ) -> Scheduler:
@@ -70,6 +71,7 @@ def make_scheduler(
         max_model_len=max_model_len or num_blocks * block_size,
         vocab_size=VOCAB_SIZE,
         max_steps_in_flight=max_steps_in_flight,
+        num_decode_groups=num_decode_groups,
     )
     return scheduler
 

@@ -29,7 +29,11 @@ DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments"
         ({"model": "m", "num_gpu_blocks_override": -1}, "num_gpu_blocks_override must be at least 1"),
         ({"model": "m", "kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be at least 1"),
         ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be greater than 0"),
-        ({"model": "m", "step_timeout_s": 0}, "step_timeout_s must be greater than 0"),
+        ({"model": "m", "step_timeout_s": 0}, "step_timeout_s must be a number greater than 0"),
+        ({"model": "m", "step_timeout_s": float("nan")}, "step_timeout_s must be a number greater than 0"),
+        ({"model": "m", "served_model_name": ""}, "served_model_name is empty"),
+        ({"model": "m", "num_gpu_blocks_override": 9, "kv_cache_memory_bytes": 9}, "give one"),
+        (["model"], "settings must be a mapping"),
         ({"model": "m", "seed": -1}, "seed must be at least 0"),
         ({"model": "m", "transport": "pigeon"}, "transport: input should be 'compiled_graph' or 'inline'"),
         ({"model": "m", "dtype": "int4"}, "dtype: input should be"),
@@ -43,7 +47,7 @@ DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments"
         ({"model": "m", "scheduler": {"watermark": 1}}, "watermark must be at least 0 and less than 1"),
         ({"model": "m", "ingress": {"api_keys": [""]}}, "empty key"),
         ({"model": "m", "ingress": {"max_body_bytes": 0}}, "max_body_bytes must be at least 1"),
-        ({"model": "m", "ingress": {"request_timeout_s": -1}}, "request_timeout_s must be greater than 0"),
+        ({"model": "m", "ingress": {"request_timeout_s": -1}}, "request_timeout_s must be a number greater than 0"),
     ],
 )
 def test_a_wrong_setting_is_answered_with_what_would_do(settings: dict[str, Any], message: str):

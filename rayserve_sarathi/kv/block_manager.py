@@ -38,24 +38,17 @@ class BlockManager:
         """Share of the blocks that requests hold, 0 to 1."""
         return 1 - self._pool.num_free_blocks / self._pool.num_blocks
 
-    def hash_blocks(self, request: Request) -> None:
-        """Name the full blocks of the tokens that `request` has so far."""
-        if self._enable_prefix_caching:
-            extend_hashes(
-                request.block_hashes,
-                request.token_ids,
-                block_size=self.block_size,
-                cache_salt=request.cache_salt,
-            )
-
     def find_prefix(self, request: Request) -> list[int]:
         """Return the blocks of the longest prefix of `request` whose KV exists.
 
         At least the last token is left out, as its logits are wanted; a block is shared only as a whole, so with it
         goes the block it is in. A request that asks for the log-probabilities of its prompt computes all of it.
         """
-        if request.sampling.prompt_logprobs is not None and request.num_output_tokens == 0:
+        if not self._enable_prefix_caching or (
+            request.sampling.prompt_logprobs is not None and request.num_output_tokens == 0
+        ):
             return []
+        self._hash_blocks(request)
         blocks = []
         for name in request.block_hashes[: (request.num_tokens - 1) // self.block_size]:
             block = self._pool.find(name)
@@ -89,7 +82,8 @@ class BlockManager:
         num_new = self._num_blocks_for(num_tokens) - len(request.block_table)
         if num_new > self._pool.num_free_blocks:
             return False
-        request.block_table.extend(self._pool.allocate() for _ in range(num_new))
+        for _ in range(num_new):
+            request.block_table.append(self._pool.allocate())
         return True
 
     def share_computed(self, request: Request, num_before: int) -> None:
@@ -97,8 +91,7 @@ class BlockManager:
         first, last = num_before // self.block_size, request.num_computed_tokens // self.block_size
         if first == last or not self._enable_prefix_caching:
             return
-        if len(request.block_hashes) < last:
-            self.hash_blocks(request)
+        self._hash_blocks(request)
         for index in range(first, last):
             self._pool.name(request.block_table[index], request.block_hashes[index])
 
@@ -116,6 +109,11 @@ class BlockManager:
             for block in request.block_table:
                 held[block] = held.get(block, 0) + 1
         self._pool.check_integrity(held)
+
+    def _hash_blocks(self, request: Request) -> None:
+        extend_hashes(
+            request.block_hashes, request.token_ids, block_size=self.block_size, cache_salt=request.cache_salt
+        )
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -18,11 +18,12 @@ def extend_hashes(hashes: list[bytes], token_ids: "array[int]", *, block_size: i
         block_size: Tokens in a block.
         cache_salt: Begins the chain, so that requests of different salts have no hash in common.
     """
-    parent = hashes[-1] if hashes else _hash(cache_salt.encode("utf-8", "surrogatepass"))
+    parent = hashes[-1] if hashes else _hash(cache_salt.encode("utf-8", "surrogatepass"), kind=b"salt")
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = _hash(parent + token_ids[start : start + block_size].tobytes())
+        parent = _hash(parent + token_ids[start : start + block_size].tobytes(), kind=b"block")
         hashes.append(parent)
 
 
-def _hash(content: bytes) -> bytes:
-    return blake2b(content, digest_size=_DIGEST_BYTES).digest()
+def _hash(content: bytes, *, kind: bytes) -> bytes:
+    # Different kinds, so that no salt can be made whose hash is that of a block.
+    return blake2b(content, digest_size=_DIGEST_BYTES, person=kind).digest()

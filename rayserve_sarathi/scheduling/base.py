@@ -10,7 +10,7 @@ before an older one, so the oldest request is always at the front and is never p
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -23,6 +23,9 @@ from rayserve_sarathi.scheduling.packing import build_step_input, has_extras
 from rayserve_sarathi.step import StepInput, StepOutput, pack_sampling
 
 _new_tuple = tuple.__new__
+
+_RATE_WINDOW_S = 60.0
+_RETRY_AFTER_UNKNOWN_S = 5.0
 
 Chunks = dict[Request, int]
 """Tokens to compute of each request."""
@@ -44,6 +47,8 @@ class Scheduler(ABC):
         max_model_len: Most tokens of a request; the KV pool must hold as many.
         vocab_size: Sampled token ids are below it.
         max_steps_in_flight: Steps that may be submitted before the first returns.
+        num_decode_groups: Steps over which the decodes are spread: one for each pipeline stage, so that no step holds
+            them all while the other stages have nothing to do.
         epoch: Generation of the pipeline that the steps are for.
     """
 
@@ -55,6 +60,7 @@ class Scheduler(ABC):
         max_model_len: int,
         vocab_size: int,
         max_steps_in_flight: int = 1,
+        num_decode_groups: int = 1,
         epoch: int = 0,
     ) -> None:
         num_slots = block_manager.num_blocks * block_manager.block_size
@@ -62,9 +68,10 @@ class Scheduler(ABC):
         self.config = config
         self.metrics = SchedulerMetrics()
         self._blocks = block_manager
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._max_steps_in_flight = max_steps_in_flight
+        self._num_decode_groups = num_decode_groups
         self._epoch = epoch
         self._requests: dict[str, Request] = {}
         self._waiting: OrderedDict[str, Request] = OrderedDict()
@@ -79,7 +86,7 @@ class Scheduler(ABC):
 
     # What its owner calls.
 
-    def check_capacity(self, num_requests: int) -> None:
+    def check_capacity(self, num_requests: int, now_s: float) -> None:
         """Return if the queue has room for `num_requests` more.
 
         Raises:
@@ -96,7 +103,7 @@ class Scheduler(ABC):
         if num_waiting + num_requests > limit:
             raise OverloadedError(
                 f"{num_waiting} requests are waiting and at most {limit} may; try again later",
-                retry_after_s=self._retry_after_s(),
+                retry_after_s=self._retry_after_s(now_s),
             )
 
     def add(self, request: Request) -> None:
@@ -104,22 +111,23 @@ class Scheduler(ABC):
 
         Raises:
             ContextLengthError: It is longer than the model's context.
+            InvalidRequestError: It names a token that the model does not have, or has all its tokens already.
             OverloadedError: The queue is full.
         """
-        if request.max_num_tokens > self._max_model_len:
+        if request.max_num_tokens > self.max_model_len:
             raise ContextLengthError(
-                f"This model's maximum context length is {self._max_model_len} tokens. However, you requested"
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you requested"
                 f" {request.max_num_tokens} tokens ({request.num_prompt_tokens} in the prompt,"
                 f" {request.sampling.max_tokens} for the completion).",
                 param="max_tokens",
             )
-        self.check_capacity(1)
+        self._check_token_ids(request)
+        self.check_capacity(1, request.arrival_s)
         assert request.request_id not in self._requests, f"{request.request_id} is here already"
         request.order = self._num_added
         self._num_added += 1
         request.sampling_row = pack_sampling(request.sampling)
         request.has_extras = has_extras(request.sampling)
-        self._blocks.hash_blocks(request)
         self._requests[request.request_id] = request
         self._waiting[request.request_id] = request
         self.metrics.num_started += 1
@@ -216,6 +224,7 @@ class Scheduler(ABC):
         """Begin to count from zero; there must be no open request."""
         assert not self._requests, f"{len(self._requests)} requests are open"
         self.metrics = SchedulerMetrics()
+        self._recent_finishes_s.clear()
 
     def request_ids(self) -> Iterator[str]:
         """Yield the ids of the requests that have not ended."""
@@ -248,15 +257,18 @@ class Scheduler(ABC):
         it is in prefill if it lacks more, some of which is not in flight.
 
         If no block is free for a decode, the newest running request that is not in flight is preempted, which may be
-        itself. Only if all newer ones are in flight, it waits for them.
+        itself; but while steps are in flight, which may free blocks, none preempts itself. With several decode groups,
+        the newest decodes wait for the next step, which is made as soon as this one is submitted.
         """
         decodes: list[Request] = []
         prefills: list[Request] = []
+        num_decoding = 0
         block_size = self._blocks.block_size
         for request in tuple(self.running):
             num_tokens = len(request.token_ids)
             num_left = num_tokens - request.num_computed_tokens
             if num_left == 1 and num_tokens > request.num_prompt_tokens:
+                num_decoding += 1
                 if not request.num_in_flight_tokens and (
                     len(request.block_table) * block_size >= num_tokens or self._grow(request)
                 ):
@@ -265,6 +277,7 @@ class Scheduler(ABC):
                 prefills.append(request)
         if self._just_preempted:
             prefills = [request for request in prefills if request.block_table]
+        del decodes[-(-num_decoding // self._num_decode_groups) :]
         return decodes, prefills
 
     def admit_next(self) -> Request | None:
@@ -303,8 +316,8 @@ class Scheduler(ABC):
             victim = self._newest_idle()
             if victim is None or victim.order < request.order:
                 return False
-            if victim is request and victim is not self.running[-1]:
-                return False  # newer requests are in flight; when they return, one of them makes room
+            if victim is request and self._in_flight:
+                return False  # what returns makes room, or leaves another one to preempt
             self._preempt(victim)
             if victim is request:
                 return False
@@ -337,6 +350,7 @@ class Scheduler(ABC):
                 continue
             last_token_s = request.last_token_s
             if last_token_s is None:  # resubmitted with the tokens of an earlier scheduler
+                request.num_in_flight_tokens = 1
                 outputs += self._update_prefills({request: 1}, {request: token_id}, now_s)
                 continue
             gaps_s.append(now_s - last_token_s)
@@ -359,7 +373,7 @@ class Scheduler(ABC):
     def _update_prefills(self, chunks: Chunks, token_of: dict[Request, int], now_s: float) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         for request, num_new in chunks.items():
-            request.num_in_flight_tokens = max(request.num_in_flight_tokens - num_new, 0)
+            request.num_in_flight_tokens -= num_new
             if request.is_aborted:
                 self._free_aborted(request)
                 continue
@@ -374,10 +388,10 @@ class Scheduler(ABC):
     def _sampled_output(self, request: Request, token_id: int, now_s: float) -> RequestOutput:
         """Take the token that ends a prefill: the first one, or the next one after a preemption."""
         is_first = request.last_token_s is None
-        if request.last_token_s is None:
-            self._observe_first_token(request, now_s)
-        else:
+        if request.last_token_s is not None:
             self.metrics.inter_token_latency_s.observe(now_s - request.last_token_s)
+        elif request.sampling.max_tokens:
+            self._observe_first_token(request, now_s)
         request.last_token_s = now_s
         if request.sampling.max_tokens == 0:  # only the prompt was wanted
             token_ids: tuple[int, ...] = ()
@@ -431,8 +445,8 @@ class Scheduler(ABC):
         else:
             self._blocks.free(request)
         self.metrics.num_finished[reason] = self.metrics.num_finished.get(reason, 0) + 1
+        self._recent_finishes_s.append(self._now_s)
         if now_s is not None:
-            self._recent_finishes_s.append(now_s)
             self.metrics.e2e_request_latency_s.observe(now_s - request.arrival_s)
             if request.first_token_s is not None:
                 self.metrics.request_decode_time_s.observe(now_s - request.first_token_s)
@@ -456,12 +470,32 @@ class Scheduler(ABC):
             outputs.append(RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error))
         return outputs
 
-    def _retry_after_s(self) -> float:
-        finishes_s: Sequence[float] = self._recent_finishes_s
-        if len(finishes_s) < 2 or finishes_s[-1] == finishes_s[0]:
-            return 1.0
-        rate = (len(finishes_s) - 1) / (finishes_s[-1] - finishes_s[0])
-        return float(min(max(ceil(len(self._waiting) / 2 / rate), 1), 60))
+    def _check_token_ids(self, request: Request) -> None:
+        sampling = request.sampling
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for name, token_ids in (
+            ("prompt", request.token_ids),
+            ("logit_bias", biased),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
+                wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self._vocab_size)
+                raise InvalidRequestError(
+                    f"{name} holds token id {wrong}; the model's are 0 to {self._vocab_size - 1}", param=name
+                )
+        if sampling.max_tokens and request.num_tokens >= request.max_num_tokens:
+            raise InvalidRequestError(
+                f"{request.num_output_tokens} of at most {sampling.max_tokens} tokens are generated already",
+                param="max_tokens",
+            )
+
+    def _retry_after_s(self, now_s: float) -> float:
+        """Estimate when half of the queue will have left, from how many requests ended in the last minute."""
+        recent_s = [finish_s for finish_s in self._recent_finishes_s if finish_s > now_s - _RATE_WINDOW_S]
+        if not recent_s:
+            return _RETRY_AFTER_UNKNOWN_S
+        rate = len(recent_s) / max(now_s - recent_s[0], 1.0)
+        return float(min(max(ceil(len(self._waiting) / 2 / rate), 1), _RATE_WINDOW_S))
 
 
 def _attach_logprobs(outputs: list[RequestOutput], step: _StepInFlight, step_output: StepOutput) -> list[RequestOutput]:

@@ -43,6 +43,30 @@ async def test_a_stream_ends_once_nothing_is_open():
     assert [batch async for batch in boxes.read("never heard of")] == []
 
 
+async def test_a_stream_without_outputs_shows_that_it_is_alive_and_is_heard_as_a_reader():
+    clock = Clock()
+    boxes = Outboxes(clock=clock)
+    boxes.open("ingress", "a")
+    clock.now_s = 29.0
+
+    assert await anext(boxes.read("ingress")) == []
+    clock.now_s = 58.0
+    assert boxes.expire() == set()
+
+
+async def test_a_new_stream_takes_over_from_an_old_one():
+    boxes = Outboxes(clock=Clock())
+    boxes.open("ingress", "a")
+    old = asyncio.create_task(anext(boxes.read("ingress"), None))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    new = asyncio.create_task(anext(boxes.read("ingress"), None))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    boxes.deliver([RequestOutput("a", (1,))])
+
+    assert await old is None
+    assert [output.token_ids for output in await new or []] == [(1,)]
+
+
 async def test_a_request_that_two_claims_do_not_name_is_abandoned():
     boxes = Outboxes(clock=Clock())
     for request_id in ("kept", "lost"):

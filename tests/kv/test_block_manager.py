@@ -10,7 +10,6 @@ from tests.factories import make_request
 
 def compute(blocks: BlockManager, request: Request) -> None:
     """Admit `request` and pretend that all its tokens were computed."""
-    blocks.hash_blocks(request)
     prefix = blocks.find_prefix(request)
     assert blocks.allocate(request, prefix, keep_watermark=False)
     request.num_computed_tokens = request.num_tokens
@@ -33,11 +32,19 @@ def test_requests_with_one_prefix_hold_the_same_blocks():
     blocks.check_integrity([first, second])
 
 
+def test_a_block_is_named_by_all_tokens_before_it():
+    blocks = BlockManager(16, block_size=4)
+    first = make_request("first", prompt=[1, 1, 1, 1, 9, 9, 9, 9, 5])
+    second = make_request("second", prompt=[2, 2, 2, 2, 9, 9, 9, 9, 5])
+    compute(blocks, first)
+
+    assert blocks.find_prefix(second) == []
+
+
 def test_a_full_hit_leaves_the_last_token_to_compute():
     blocks = BlockManager(8, block_size=4)
     first, second = make_request("first", prompt=range(8)), make_request("second", prompt=range(8))
     compute(blocks, first)
-    blocks.hash_blocks(second)
 
     assert blocks.find_prefix(second) == first.block_table[:1].tolist()
 
@@ -61,7 +68,6 @@ def test_the_end_of_a_sequence_is_evicted_before_its_beginning():
     blocks.free(first)
     intruder = make_request("intruder", prompt=8)
     compute(blocks, intruder)
-    blocks.hash_blocks(again)
 
     assert len(blocks.find_prefix(again)) == 2
     assert other.block_table.tolist() == []
@@ -81,7 +87,6 @@ def test_a_revived_block_does_not_count_as_free_for_the_same_request():
     first, second = make_request("first", prompt=range(16)), make_request("second", prompt=range(20))
     compute(blocks, first)
     blocks.free(first)
-    blocks.hash_blocks(second)
     prefix = blocks.find_prefix(second)
 
     assert len(prefix) == 4

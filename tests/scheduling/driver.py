@@ -16,6 +16,7 @@ class Driver:
 
     def __init__(self, scheduler: Scheduler, *, num_blocks: int, block_size: int) -> None:
         self.scheduler = scheduler
+        self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
         self.steps: list[StepInput] = []
@@ -31,6 +32,7 @@ class Driver:
     def add(self, request: Request) -> None:
         """Queue a request."""
         self.scheduler.add(request)
+        self.requests[request.request_id] = request
         self.tokens[request.request_id] = list(request.token_ids[request.num_prompt_tokens :])
 
     def submit(self) -> StepInput | None:

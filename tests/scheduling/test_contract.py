@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayserve_sarathi.request import FinishReason
+from rayserve_sarathi.request import FinishReason, Request
 from rayserve_sarathi.scheduling import SCHEDULERS
+from rayserve_sarathi.scheduling.base import Scheduler
 from tests.factories import expected, make_request, make_scheduler
 from tests.scheduling.driver import Driver
 
@@ -19,6 +20,7 @@ traffic = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 8),
         "max_num_partial_prefills": st.integers(1, 3),
         "max_steps_in_flight": st.integers(1, 4),
+        "num_decode_groups": st.integers(1, 3),
         "watermark": st.sampled_from([0.0, 0.1]),
         "enable_prefix_caching": st.booleans(),
         "requests": st.lists(
@@ -62,7 +64,7 @@ def test_random_traffic(policy: str, case: dict):
         if action == "add" and waiting:
             driver.add(waiting.pop())
         elif action == "submit":
-            submit_and_check(driver)
+            submit_and_check(driver, case["num_decode_groups"])
         elif action == "land" and driver.num_in_flight:
             driver.land()
         elif action == "abort" and (alive := sorted(scheduler.request_ids())):
@@ -72,7 +74,7 @@ def test_random_traffic(policy: str, case: dict):
     while waiting:
         driver.add(waiting.pop())
     while scheduler.has_unfinished_requests:
-        while submit_and_check(driver):
+        while submit_and_check(driver, case["num_decode_groups"]):
             pass
         driver.land()
     assert len(driver.steps) < 3000
@@ -90,10 +92,12 @@ def test_random_traffic(policy: str, case: dict):
     assert metrics.num_started == sum(metrics.num_finished.values()) == len(driver.tokens)
 
 
-def submit_and_check(driver: Driver) -> bool:
+def submit_and_check(driver: Driver, num_decode_groups: int) -> bool:
     """Submit a step and hold it against the promises; return whether there was one."""
     scheduler = driver.scheduler
     running_before = list(scheduler.running)
+    queued_before = [request for request in driver.requests.values() if request not in running_before]
+    queued_before = [request for request in queued_before if request.request_id in set(scheduler.request_ids())]
     decoding = [
         request
         for request in running_before
@@ -115,11 +119,9 @@ def submit_and_check(driver: Driver) -> bool:
     assert len(scheduler.running) <= scheduler.config.max_num_seqs
     assert not decodes & in_flight, "a decode is in two steps in flight"
     running_after = {request.request_id for request in scheduler.running}
-    for request in decoding:
-        if request.request_id in running_after and request.request_id not in chunks:
-            newer = [other for other in scheduler.running if other.order > request.order]
-            assert newer and all(other.request_id in in_flight for other in newer), f"{request} was skipped"
     assert not in_flight - running_after, "a request in flight was preempted"
+
+    assert_decodes_are_not_skipped(scheduler, decoding, in_flight, chunks, num_decode_groups)
 
     half_prefilled = [
         request
@@ -130,10 +132,34 @@ def submit_and_check(driver: Driver) -> bool:
     ]
     assert len(half_prefilled) <= scheduler.config.max_num_partial_prefills
     admitted = [request.order for request in scheduler.running if request not in running_before]
-    assert admitted == sorted(admitted)
+    still_queued = [request.order for request in queued_before if request.request_id not in running_after]
+    preempted_now = [request.order for request in running_before if request.request_id not in running_after]
+    assert not admitted or not preempted_now, "a request was admitted into the blocks of one that still needs them"
+    assert max(admitted, default=-1) < min(still_queued, default=2**31), "a request was admitted before an older one"
     if could_submit == 0 and running_before:
         oldest = running_before[0]
         assert oldest.request_id in chunks or len(decodes) >= scheduler.config.token_budget, (
             "the oldest made no progress"
         )
     return True
+
+
+def assert_decodes_are_not_skipped(
+    scheduler: Scheduler, decoding: list[Request], in_flight: set[str], chunks: dict[str, int], num_decode_groups: int
+) -> None:
+    """A decode waits only for its turn behind a full group of older ones, or for blocks that a step in flight holds."""
+    taken = [request for request in decoding if request.request_id in chunks]
+    num_decoding = len(decoding) + sum(
+        request.request_id in in_flight
+        and request.num_output_tokens > 0
+        and request.num_tokens - request.num_computed_tokens == 1
+        for request in scheduler.running
+    )
+    running = set(scheduler.running)
+    for request in decoding:
+        if request not in running or request in taken:
+            continue
+        is_behind_a_full_group = len(taken) >= num_decoding // num_decode_groups and (
+            num_decode_groups > 1 and all(other.order < request.order for other in taken)
+        )
+        assert is_behind_a_full_group or in_flight, f"{request} was skipped"

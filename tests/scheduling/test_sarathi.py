@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rayserve_sarathi.errors import ContextLengthError, InvalidRequestError, OverloadedError
-from rayserve_sarathi.request import FinishReason, Request
+from rayserve_sarathi.request import FinishReason, Request, TokenLogprobs
 from rayserve_sarathi.step import StepInput, StepOutput
 from tests.factories import VOCAB_SIZE, expected, make_request, make_scheduler
 from tests.scheduling.driver import Driver
@@ -131,14 +131,175 @@ def test_a_request_in_flight_is_never_preempted():
     assert tokens_of(driver.submit()) == {"old": 7, "new": 1}
     assert tokens_of(driver.submit()) == {"new": 6}
     driver.land()
-    assert tokens_of(driver.submit()) == {"old": 1}  # its 8th token is the last that its 4 blocks hold
+    assert tokens_of(driver.submit()) == {"old": 1}  # its 8th token, the last that its 4 blocks hold
     driver.land()
+    assert tokens_of(driver.submit()) == {"new": 1}
+    driver.land()
+    assert driver.submit() is None  # old needs a block, and new is in flight
+    driver.land()
+
+    assert driver.scheduler.metrics.num_preemptions == 0
+    assert tokens_of(driver.submit()) == {"old": 1}
+    assert driver.scheduler.metrics.num_preemptions == 1
+    driver.run()
+    assert set(driver.finished) == {"old", "new"}
+
+
+def test_the_oldest_request_waits_for_blocks_that_an_aborted_one_holds_in_flight():
+    driver = make_driver(num_blocks=12, block_size=1, token_budget=4, watermark=0.0, max_steps_in_flight=4)
+    driver.add(make_request("old", prompt=2, max_tokens=8))
+    driver.submit()
+    driver.land()
+    driver.add(make_request("young", prompt=9, max_tokens=1))
+    driver.submit()
+    driver.submit()
+    driver.scheduler.abort("young")
+    driver.run()
+
+    assert driver.scheduler.metrics.num_preemptions == 0
+    assert len(driver.tokens["old"]) == 8
+
+
+def test_the_blocks_of_an_aborted_request_stay_taken_until_its_step_returns():
+    driver = make_driver(num_blocks=8, block_size=2, token_budget=8)
+    driver.add(make_request("aborted", prompt=8, max_tokens=4))
+    driver.submit()
+    usage = driver.scheduler.state().kv_cache_usage
+    driver.scheduler.abort("aborted")
+
+    assert driver.scheduler.state().kv_cache_usage == usage > 0
+    driver.land()
+    assert driver.scheduler.state().kv_cache_usage == 0
+
+
+def test_what_an_aborted_or_failed_step_computed_is_not_shared():
+    driver = make_driver(token_budget=64, max_steps_in_flight=2)
+    driver.add(make_request("aborted", prompt=range(20)))
+    driver.submit()
+    driver.scheduler.abort("aborted")
+    driver.land()
+    driver.add(make_request("failed", prompt=range(20)))
+    step = driver.submit()
+    assert step is not None
+    assert tokens_of(step) == {"failed": 20}
+    driver.scheduler.update(StepOutput(step_id=1, epoch=0, token_ids=step.token_ids[:0], error="broken"), 1.0)
+    driver.scheduler.add(make_request("next", prompt=range(20)))
+
+    assert tokens_of(driver.scheduler.schedule(2.0)) == {"next": 20}
+
+
+def test_a_failed_chunk_ends_a_request_whose_later_chunks_are_in_flight():
+    driver = make_driver(token_budget=8, max_steps_in_flight=3)
+    driver.add(make_request("a", prompt=20))
+    steps = [driver.submit() for _ in range(3)]
+    assert steps[2] is not None
+    nothing = steps[2].token_ids[:0]
+    outputs = driver.scheduler.update(StepOutput(step_id=0, epoch=0, token_ids=nothing, error="broken"), 1.0)
+
+    assert [output.finish_reason for output in outputs] == [FinishReason.ERROR]
+    assert driver.scheduler.state().kv_cache_usage > 0
+    assert driver.scheduler.update(StepOutput(step_id=1, epoch=0, token_ids=nothing), 2.0) == []
+    assert driver.scheduler.update(StepOutput(step_id=2, epoch=0, token_ids=np.array([1], dtype=np.int32)), 3.0) == []
+    assert driver.scheduler.state().kv_cache_usage == 0
+    driver.scheduler.check_integrity()
+
+
+def test_decodes_are_spread_over_the_stages():
+    driver = make_driver(token_budget=64, max_steps_in_flight=3, num_decode_groups=2)
+    for index in range(8):
+        driver.add(make_request(f"request-{index}", prompt=2, max_tokens=10))
+    driver.submit()
     driver.land()
     first, second = driver.submit(), driver.submit()
 
-    assert "new" in {*tokens_of(first), *tokens_of(second)} or driver.scheduler.metrics.num_preemptions == 1
+    assert [len(tokens_of(step)) for step in (first, second)] == [4, 4]
+    assert driver.submit() is None
+    for _ in range(6):
+        driver.land()
+        assert len(tokens_of(driver.submit())) == 4  # so two steps are in flight all the time
+
+
+def test_a_new_request_leaves_the_watermark_free_unless_it_is_alone():
+    driver = make_driver(num_blocks=10, block_size=2, watermark=0.3, token_budget=64)
+    driver.add(make_request("first", prompt=15, max_tokens=4))
+    driver.add(make_request("second", prompt=2, max_tokens=4))
+
+    assert tokens_of(driver.submit()) == {"first": 15}  # 8 of 10 blocks, which is beyond the watermark
+    driver.land()
+    assert "second" not in tokens_of(driver.submit())
+
+
+def test_a_preempted_request_comes_before_those_that_never_ran():
+    driver = make_driver(num_blocks=8, block_size=2, token_budget=16, watermark=0.0)
+    for name in ("old", "new", "last"):
+        driver.add(make_request(name, prompt=7, max_tokens=9))
     driver.run()
-    assert set(driver.finished) == {"old", "new"}
+
+    assert driver.scheduler.metrics.num_preemptions > 0
+    assert list(driver.finished) == ["old", "new", "last"]
+
+
+def test_a_result_of_another_epoch_or_order_is_a_bug():
+    driver = make_driver(token_budget=4, max_steps_in_flight=2)
+    driver.add(make_request("a", prompt=8))
+    steps = [driver.submit(), driver.submit()]
+    assert steps[0] is not None
+    nothing = steps[0].token_ids[:0]
+
+    for step_id, epoch in ((1, 0), (0, 1), (7, 0)):
+        with pytest.raises(AssertionError, match="the oldest is"):
+            driver.scheduler.update(StepOutput(step_id=step_id, epoch=epoch, token_ids=nothing), 1.0)
+
+
+def test_logprobs_reach_the_request_they_belong_to():
+    driver = make_driver(token_budget=64)
+    for name in ("silent", "asks"):
+        driver.add(make_request(name, prompt=4, logprobs=1 if name == "asks" else None))
+    step = driver.submit()
+    assert step is not None
+    assert step.sampling["has_logprobs"].tolist() == [0, 1]
+    entry = TokenLogprobs(9, -0.5, (9,), (-0.5,))
+    output = StepOutput(step_id=0, epoch=0, token_ids=np.array([8, 9], dtype=np.int32), logprobs={1: entry})
+    silent, asks = driver.scheduler.update(output, 1.0)
+
+    assert (silent.logprobs, asks.logprobs) == (None, (entry,))
+
+
+def test_the_time_to_the_first_token_is_counted_once_and_gaps_for_the_rest():
+    driver = make_driver(num_blocks=12, block_size=2, token_budget=8, watermark=0.0)
+    for name in "abcd":
+        driver.add(make_request(name, prompt=5, max_tokens=12))
+    driver.run()
+    metrics = driver.scheduler.metrics
+
+    assert metrics.num_preemptions > 0
+    assert metrics.time_to_first_token_s.count == metrics.request_queue_time_s.count == 4
+    assert metrics.inter_token_latency_s.count == 4 * 11
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prompt": [1, VOCAB_SIZE]}, {"logit_bias": ((VOCAB_SIZE, 1.0),)}, {"stop_token_ids": (VOCAB_SIZE,)}]
+)
+def test_a_token_that_the_model_does_not_have_is_refused(settings: dict):
+    with pytest.raises(InvalidRequestError, match=f"token id {VOCAB_SIZE}; the model's are 0 to {VOCAB_SIZE - 1}"):
+        make_scheduler().add(make_request("a", **settings))
+
+
+def test_retry_after_follows_the_rate_of_the_last_minute():
+    driver = make_driver(max_num_seqs=1, max_num_waiting=40)
+    for index in range(40):
+        driver.add(make_request(f"request-{index}", prompt=4, max_tokens=1))
+    for _ in range(10):  # one request a second
+        driver.submit()
+        driver.land()
+
+    def retry_after_s(now_s: float) -> float:
+        with pytest.raises(OverloadedError) as caught:
+            driver.scheduler.check_capacity(20, now_s)
+        return caught.value.retry_after_s
+
+    assert 10 <= retry_after_s(driver.now_s) <= 20
+    assert retry_after_s(driver.now_s + 8 * 3600) == 5
 
 
 def test_tokens_after_a_preemption_are_those_of_an_undisturbed_run():
@@ -284,7 +445,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back():
 
 def test_more_sequences_than_the_queue_can_ever_hold_are_refused_for_good():
     with pytest.raises(InvalidRequestError, match=r"3 sequences .* more than the queue of 2 holds"):
-        make_scheduler(max_num_waiting=2).check_capacity(3)
+        make_scheduler(max_num_waiting=2).check_capacity(3, 0.0)
 
 
 def test_a_failed_step_ends_its_requests_and_no_other():

@@ -1,5 +1,7 @@
 """KV blocks of requests: the prefix cache, allocation at admission, growth during decode."""
 
+from collections import deque
+
 from rayserve_sarathi.kv.block_pool import BlockPool
 from rayserve_sarathi.kv.prefix_cache import extend_hashes
 from rayserve_sarathi.request import Request
@@ -22,6 +24,7 @@ class BlockManager:
         self._pool = BlockPool(num_blocks)
         self._num_watermark_blocks = int(watermark * num_blocks)
         self._enable_prefix_caching = enable_prefix_caching
+        self._pending: deque[tuple[Request, int]] = deque()
 
     @property
     def num_blocks(self) -> int:
@@ -79,11 +82,12 @@ class BlockManager:
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Make the block table of `request` long enough for `num_tokens`, if free blocks allow."""
-        num_new = self._num_blocks_for(num_tokens) - len(request.block_table)
-        if num_new > self._pool.num_free_blocks:
+        table, pool = request.block_table, self._pool
+        num_new = self._num_blocks_for(num_tokens) - len(table)
+        if num_new > pool.num_free_blocks:
             return False
         for _ in range(num_new):
-            request.block_table.append(self._pool.allocate())
+            table.append(pool.allocate())
         return True
 
     def share_computed(self, request: Request, num_before: int) -> None:
@@ -94,6 +98,22 @@ class BlockManager:
         self._hash_blocks(request)
         for index in range(first, last):
             self._pool.name(request.block_table[index], request.block_hashes[index])
+
+    def share_later(self, request: Request, num_before: int) -> None:
+        """Like `share_computed`, but by one of the next calls of `share_pending`."""
+        if self._enable_prefix_caching:
+            self._pending.append((request, num_before))
+
+    def share_pending(self, limit: int) -> None:
+        """Do what `share_later` put off, for at most `limit` requests.
+
+        Requests that began together fill their blocks in the same steps. Naming 256 blocks takes a millisecond, which no
+        single step should pay. A request that has given its blocks back meanwhile shares nothing.
+        """
+        for _ in range(min(limit, len(self._pending))):
+            request, num_before = self._pending.popleft()
+            if request.block_table:
+                self.share_computed(request, num_before)
 
     def free(self, request: Request) -> None:
         """Take all blocks of `request` back; the end of its sequence will be evicted before the beginning."""

@@ -39,7 +39,7 @@ class EngineClient(Protocol):
         """
 
     async def check_ready(self) -> None:
-        """Return if a token could go through all stages lately.
+        """Return if the engine is up (its first tokens have gone through all stages) and all stages answer.
 
         Raises:
             EngineDeadError: Starting, draining, or dead; the message says which.

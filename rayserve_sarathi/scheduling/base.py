@@ -24,6 +24,8 @@ from rayserve_sarathi.step import StepInput, StepOutput, pack_sampling
 
 _new_tuple = tuple.__new__
 
+_MAX_SHARED_LATER = 32
+"""Requests whose newest full block a step names: twice the average of 256 decodes and blocks of 16 tokens."""
 _RATE_WINDOW_S = 60.0
 _RETRY_AFTER_UNKNOWN_S = 5.0
 
@@ -195,6 +197,7 @@ class Scheduler(ABC):
         outputs = self._update_decodes(step.decodes, token_ids, now_s)
         token_of = dict(zip(step.sampled_prefills, token_ids[num_decodes:], strict=True))
         outputs += self._update_prefills(step.prefills, token_of, now_s)
+        self._blocks.share_pending(_MAX_SHARED_LATER)
         return _attach_logprobs(outputs, step, step_output) if step_output.logprobs else outputs
 
     @property
@@ -357,7 +360,7 @@ class Scheduler(ABC):
             request.last_token_s = now_s
             request.num_computed_tokens = num_computed = request.num_computed_tokens + 1
             if not num_computed % block_size:
-                self._blocks.share_computed(request, num_computed - 1)
+                self._blocks.share_later(request, num_computed - 1)
             tokens = request.token_ids
             tokens.append(token_id)
             request_id = request.request_id

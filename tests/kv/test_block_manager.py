@@ -100,3 +100,20 @@ def test_without_prefix_caching_nothing_is_shared():
     compute(blocks, second)
 
     assert not set(first.block_table) & set(second.block_table)
+
+
+def test_blocks_shared_later_are_shared_a_few_at_a_time_unless_given_back():
+    blocks = BlockManager(16, block_size=4)
+    requests = [make_request(f"request-{index}", prompt=[index] * 4) for index in range(4)]
+    for request in requests:
+        assert blocks.allocate(request, [], keep_watermark=False)
+        request.num_computed_tokens = 4
+        blocks.share_later(request, 0)
+    blocks.free(requests[0])
+    blocks.share_pending(2)
+    found = [bool(blocks.find_prefix(make_request("again", prompt=[index] * 5))) for index in range(4)]
+    blocks.share_pending(2)
+
+    assert found == [False, True, False, False]
+    assert all(blocks.find_prefix(make_request("again", prompt=[index] * 5)) for index in (1, 2, 3))
+    blocks.check_integrity(requests)

@@ -107,8 +107,8 @@ class BlockManager:
     def share_pending(self, limit: int) -> None:
         """Do what `share_later` put off, for at most `limit` requests.
 
-        Requests that began together fill their blocks in the same steps. Naming 256 blocks takes a millisecond, which no
-        single step should pay. A request that has given its blocks back meanwhile shares nothing.
+        Requests that began together fill their blocks in the same steps, and naming 256 blocks takes a millisecond,
+        which no single step should pay. A request that has given its blocks back meanwhile shares nothing.
         """
         for _ in range(min(limit, len(self._pending))):
             request, num_before = self._pending.popleft()

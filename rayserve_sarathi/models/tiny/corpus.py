@@ -202,7 +202,7 @@ def ask_story(rng: Random, long: bool) -> list[Exchange]:
 def ask_sum(rng: Random) -> list[Exchange]:
     """Return one sum out of a table that is small enough to be learned by heart."""
     left, right = rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
-    forms = ("What is {} + {}?", "How much is {} + {}?", "What is {} plus {}?", "{} + {}")
+    forms = ("What is {} + {}?", "How much is {} + {}?", "What is {} plus {}?", "{} + {}", "What is {}+{}?")
     return [(rng.choice(forms).format(left, right), f"{left} + {right} = {left + right}.")]
 
 
@@ -239,7 +239,7 @@ def careless(rng: Random, question: str) -> str:
         question = question.rstrip(".?!")
     if rng.random() < 0.15:
         return question.lower()
-    return question.upper() if rng.random() < 0.05 and " + " not in question else question
+    return question.upper() if rng.random() < 0.08 and "+" not in question else question
 
 
 def converse(rng: Random, long: bool) -> tuple[dict[str, str], ...]:
@@ -247,12 +247,12 @@ def converse(rng: Random, long: bool) -> tuple[dict[str, str], ...]:
     subjects: dict[Callable[[], list[Exchange]], int] = {
         lambda: ask_story(rng, long): 30,
         lambda: ask_sum(rng): 30,
-        lambda: ask_capital(rng): 7,
+        lambda: ask_capital(rng): 10,
         lambda: ask_opposite(rng): 7,
         lambda: ask_topic(rng, ENGINE): 12,
         lambda: ask_topic(rng, SMALL_TALK): 10,
         lambda: ask_topic(rng, ((UNKNOWN, (DO_NOT_KNOW,)),)): 5,
-        lambda: introduce(rng): 8,
+        lambda: introduce(rng): 16,
     }
     chosen = rng.choices(tuple(subjects), tuple(subjects.values()), k=rng.choice((1, 1, 2, 3)))
     messages = []

@@ -206,7 +206,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train the tiny model of rayserve_sarathi.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder that the files are written to")
-    parser.add_argument("--steps", type=int, default=1300, help="optimizer steps of about 1,260 tokens each")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of about 1,260 tokens each")
     parser.add_argument("--seed", type=int, default=1, help="seed of the corpus and of the first weights")
     return parser.parse_args()
 

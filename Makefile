@@ -4,10 +4,11 @@ PYTHON ?= python3
 
 install: .venv/.installed
 
-# torch first: where there is no NVIDIA GPU its CPU build, which the second line then finds good enough.
+# torch first: where there is no NVIDIA GPU its CPU build, which pip then finds good enough. Without the index of CPU
+# builds (no network to it), pip takes what its own index has, after a warning.
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q $$(nvidia-smi >/dev/null 2>&1 || echo --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu) "$$(grep -o 'torch>=[^"]*' pyproject.toml)"
+	.venv/bin/pip install -q --no-deps $$(nvidia-smi >/dev/null 2>&1 || echo --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu) "$$(grep -o 'torch>=[^"]*' pyproject.toml)"
 	.venv/bin/pip install -q -e '.[dev]'
 	touch $@
 

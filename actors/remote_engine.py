@@ -186,15 +186,19 @@ class RemoteEngine:
             logger.warning("could not cancel %d requests at pipeline %s: %s", len(request_ids), pipeline, error)
 
     async def _claim(self) -> None:
-        """Tell every scheduler regularly which requests are still wanted here."""
+        """Tell every scheduler regularly which requests are still wanted here.
+
+        The first call also sets the handle up, which must not happen within a request: it would end with it.
+        """
         while True:
-            await asyncio.sleep(_CLAIM_PERIOD_S)
             try:
                 await self._scheduler.broadcast("claim", self._ingress, list(self._mailboxes)).results_async(
                     timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True
                 )
             except Exception as error:  # the next claim says the same
-                logger.warning("could not claim the open requests: %s", error)
+                level = logging.WARNING if self._mailboxes else logging.DEBUG
+                logger.log(level, "could not claim %d open requests: %s", len(self._mailboxes), error)
+            await asyncio.sleep(_CLAIM_PERIOD_S)
 
     async def _call_control(self, call: Awaitable[Any]) -> Any:
         try:

@@ -16,7 +16,7 @@ from rayserve_sarathi.kv.block_manager import BlockManager
 from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import ModelInfo
-from rayserve_sarathi.registry import load
+from rayserve_sarathi.registry import check_name, load
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput, SamplingParams
 from rayserve_sarathi.scheduling import SCHEDULERS
 from rayserve_sarathi.scheduling.base import Scheduler
@@ -38,14 +38,14 @@ def max_steps_in_flight(num_stages: int) -> int:
 
 
 def check_names(config: EngineConfig) -> None:
-    """Look up what `config` names, which is cheaper to get wrong before the weights are loaded.
+    """Look for what `config` names, which is cheaper to get wrong before the weights are loaded.
 
     Raises:
         ConfigError: There is no such policy or attention backend.
     """
-    load("scheduler policy", config.scheduler.policy, SCHEDULERS)
+    check_name("scheduler policy", config.scheduler.policy, SCHEDULERS)
     if config.attention_backend != "auto":
-        load("attention backend", config.attention_backend, ATTENTION_BACKENDS)
+        check_name("attention backend", config.attention_backend, ATTENTION_BACKENDS)
 
 
 def make_scheduler(config: EngineConfig, info: ModelInfo, *, num_blocks: int) -> Scheduler:

@@ -7,13 +7,22 @@ from typing import Any
 from rayserve_sarathi.errors import ConfigError
 
 
+def check_name(kind: str, name: str, table: Mapping[str, str]) -> None:
+    """Return if `table` has `name`, without importing what it stands for.
+
+    Raises:
+        ConfigError: It has not; the message lists the names that it has.
+    """
+    if name not in table:
+        raise ConfigError(f"unknown {kind} {name!r}; use one of {sorted(table)}")
+
+
 def load(kind: str, name: str, table: Mapping[str, str]) -> Any:
     """Return the object that `table[name]` ("package.module:attribute") names.
 
     Raises:
         ConfigError: `name` is not in the table; the message lists the names that are.
     """
-    if name not in table:
-        raise ConfigError(f"unknown {kind} {name!r}; use one of {sorted(table)}")
+    check_name(kind, name, table)
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)

@@ -22,7 +22,7 @@ Ctrl-C stops it.
 def is_ready() -> bool:
     """Ask the server."""
     try:
-        with urllib.request.urlopen(f"{_URL}/health/ready", timeout=2) as response:
+        with urllib.request.urlopen(f"{_URL}/health/ready", timeout=30) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

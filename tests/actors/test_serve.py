@@ -127,6 +127,35 @@ def test_a_ray_handle_gets_the_same_by_the_example_of_the_readme(
     assert streamed.rstrip("\n") == greedy_texts[5].rstrip("\n")
 
 
+def test_a_call_to_a_pipeline_that_is_gone_fails_and_holds_up_no_other(server: Server, tmp_path: Path):
+    (tmp_path / "calls.py").write_text(
+        """
+import ray
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+ray.init(namespace="serve")
+scheduler = serve.get_deployment_handle("SchedulerActor", "test")
+assert scheduler.find_overload.remote(1).result(timeout_s=30) is None
+try:
+    scheduler.cancel.remote([], pipeline="gone").result(timeout_s=30)
+except RayServeException as error:
+    print(error)
+assert scheduler.find_overload.remote(1).result(timeout_s=30) is None
+"""
+    )
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "calls.py")],
+        env={**server.environment, "RAY_ADDRESS": "auto"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "pipeline gone is gone\n"
+
+
 async def test_200_streams_closed_at_once_leave_nothing_behind(server: Server):
     async def open_stream(index: int) -> asyncio.StreamWriter:
         body = {"model": "tiny", "prompt": [index] * 20, "max_tokens": 200, "stream": True, "ignore_eos": True}

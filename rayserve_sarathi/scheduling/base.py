@@ -5,20 +5,21 @@ a request has `num_computed_tokens`, which catches up with `num_tokens`, and not
 
 Order. `order` numbers requests as they arrive. `running` and the preempted are sorted by it, and no request is admitted
 before an older one, so the oldest request is always at the front and is never preempted: it always progresses.
+
+Longer than most modules: `schedule` and `update` keep one account of each request, and are read side by side.
 """
 
 from abc import ABC, abstractmethod
 from bisect import insort
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
 
 from rayserve_sarathi.config import SchedulerConfig
-from rayserve_sarathi.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from rayserve_sarathi.kv.block_manager import BlockManager
 from rayserve_sarathi.metrics import SchedulerMetrics, SchedulerState
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput
+from rayserve_sarathi.scheduling.admission import RequestQueue, check_request, order_of
 from rayserve_sarathi.scheduling.packing import build_step_input, has_extras
 from rayserve_sarathi.step import StepInput, StepOutput, pack_sampling
 
@@ -26,8 +27,6 @@ _new_tuple = tuple.__new__
 
 _MAX_SHARED_LATER = 32
 """Requests whose newest full block a step names: twice the average of 256 decodes and blocks of 16 tokens."""
-_RATE_WINDOW_S = 60.0
-_RETRY_AFTER_UNKNOWN_S = 5.0
 
 Chunks = dict[Request, int]
 """Tokens to compute of each request."""
@@ -76,54 +75,28 @@ class Scheduler(ABC):
         self._num_decode_groups = num_decode_groups
         self._epoch = epoch
         self._requests: dict[str, Request] = {}
-        self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._preempted: list[Request] = []
+        self._queue = RequestQueue(config.max_num_waiting)
         self.running: list[Request] = []
         self._in_flight: OrderedDict[int, _StepInFlight] = OrderedDict()
         self._num_steps = 0
         self._num_added = 0
-        self._recent_finishes_s: deque[float] = deque(maxlen=64)
         self._just_preempted = False
         self._now_s = 0.0
 
     # What its owner calls.
 
     def check_capacity(self, num_requests: int, now_s: float) -> None:
-        """Return if the queue has room for `num_requests` more.
-
-        Raises:
-            OverloadedError: It has not; `retry_after_s` is when half of it will have left at the present rate.
-            InvalidRequestError: It never has.
-        """
-        num_waiting, limit = len(self._waiting), self.config.max_num_waiting
-        if num_requests > limit:
-            raise InvalidRequestError(
-                f"{num_requests} sequences (prompts times n) in one request are more than the queue of {limit} holds;"
-                " send fewer at once",
-                param="n",
-            )
-        if num_waiting + num_requests > limit:
-            raise OverloadedError(
-                f"{num_waiting} requests are waiting and at most {limit} may; try again later",
-                retry_after_s=self._retry_after_s(now_s),
-            )
+        """Return if the queue has room for `num_requests` more; raises what `RequestQueue.check_capacity` does."""
+        self._queue.check_capacity(num_requests, now_s)
 
     def add(self, request: Request) -> None:
         """Queue a request; it is the scheduler's from now on.
 
         Raises:
-            ContextLengthError: It is longer than the model's context.
-            InvalidRequestError: It names a token that the model does not have, or has all its tokens already.
+            InvalidRequestError: It can never be served.
             OverloadedError: The queue is full.
         """
-        if request.max_num_tokens > self.max_model_len:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.max_model_len} tokens. However, you requested"
-                f" {request.max_num_tokens} tokens ({request.num_prompt_tokens} in the prompt,"
-                f" {request.sampling.max_tokens} for the completion).",
-                param="max_tokens",
-            )
-        self._check_token_ids(request)
+        check_request(request, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
         self.check_capacity(1, request.arrival_s)
         assert request.request_id not in self._requests, f"{request.request_id} is here already"
         request.order = self._num_added
@@ -131,7 +104,7 @@ class Scheduler(ABC):
         request.sampling_row = pack_sampling(request.sampling)
         request.has_extras = has_extras(request.sampling)
         self._requests[request.request_id] = request
-        self._waiting[request.request_id] = request
+        self._queue.add(request)
         self.metrics.num_started += 1
 
     def abort(self, request_id: str) -> bool:
@@ -209,7 +182,7 @@ class Scheduler(ABC):
         """Return where it stands; costs time proportional to the requests."""
         return SchedulerState(
             num_requests_running=len(self.running),
-            num_requests_waiting=len(self._waiting) + len(self._preempted),
+            num_requests_waiting=len(self._queue),
             kv_cache_usage=self._blocks.usage,
             prefill_backlog_tokens=sum(
                 max(request.num_tokens - request.num_scheduled_tokens, 0) for request in self._requests.values()
@@ -221,13 +194,13 @@ class Scheduler(ABC):
     @property
     def num_waiting(self) -> int:
         """Requests that have never run."""
-        return len(self._waiting)
+        return self._queue.num_new
 
     def reset_metrics(self) -> None:
         """Begin to count from zero; there must be no open request."""
         assert not self._requests, f"{len(self._requests)} requests are open"
         self.metrics = SchedulerMetrics()
-        self._recent_finishes_s.clear()
+        self._queue.forget_finishes()
 
     def request_ids(self) -> Iterator[str]:
         """Yield the ids of the requests that have not ended."""
@@ -237,12 +210,12 @@ class Scheduler(ABC):
         """Raise AssertionError unless queues, blocks and steps in flight agree; costs time proportional to the pool."""
         in_flight = {request for step in self._in_flight.values() for request in (*step.decodes, *step.prefills)}
         self._blocks.check_integrity(list({*self._requests.values(), *in_flight}))
-        queued = [*self.running, *self._preempted, *self._waiting.values()]
+        queued = [*self.running, *self._queue]
         assert {request.request_id for request in queued} == set(self._requests), "a request is in no queue, or in two"
         assert len(queued) == len(self._requests), "a request is in two queues"
-        for requests in (self.running, self._preempted):
-            assert requests == sorted(requests, key=_order), "a queue is out of order"
-        assert all(request.num_in_flight_tokens == 0 for request in self._preempted), "preempted in flight"
+        for requests in (self.running, list(self._queue)):
+            assert requests == sorted(requests, key=order_of), "a queue is out of order"
+        assert all(request.num_in_flight_tokens == 0 for request in self._queue), "a request waits and is in flight"
 
     # What a policy fills in, and what it builds from.
 
@@ -292,17 +265,14 @@ class Scheduler(ABC):
         """
         if self._just_preempted or len(self.running) >= self.config.max_num_seqs:
             return None
-        if not self._preempted and not self._waiting:
+        request = self._queue.oldest()
+        if request is None:
             return None
-        request = self._preempted[0] if self._preempted else next(iter(self._waiting.values()))
         prefix = self._blocks.find_prefix(request)
         if not self._blocks.allocate(request, prefix, keep_watermark=bool(self.running)):
             return None
-        if self._preempted:
-            del self._preempted[0]
-        else:
-            del self._waiting[request.request_id]
-        insort(self.running, request, key=_order)
+        self._queue.remove(request)
+        insort(self.running, request, key=order_of)
         request.num_computed_tokens = len(prefix) * self._blocks.block_size
         self.metrics.num_prefix_cache_queries += request.num_tokens
         self.metrics.num_prefix_cache_hits += request.num_computed_tokens
@@ -338,7 +308,7 @@ class Scheduler(ABC):
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.prompt_logprobs.clear()
-        insort(self._preempted, request, key=_order)
+        self._queue.put_back(request)
         self._just_preempted = True
 
     def _update_decodes(self, decodes: list[Request], token_ids: list[int], now_s: float) -> list[RequestOutput]:
@@ -437,18 +407,14 @@ class Scheduler(ABC):
 
     def _finish(self, request: Request, reason: FinishReason, now_s: float | None = None) -> None:
         del self._requests[request.request_id]
-        if request.request_id in self._waiting:
-            del self._waiting[request.request_id]
-        elif request in self._preempted:
-            self._preempted.remove(request)
-        else:
+        if not self._queue.remove(request):
             self.running.remove(request)
         if request.num_in_flight_tokens:
             request.is_aborted = True  # its blocks are written to until its steps return
         else:
             self._blocks.free(request)
         self.metrics.num_finished[reason] = self.metrics.num_finished.get(reason, 0) + 1
-        self._recent_finishes_s.append(self._now_s)
+        self._queue.note_finish(self._now_s)
         if now_s is not None:
             self.metrics.e2e_request_latency_s.observe(now_s - request.arrival_s)
             if request.first_token_s is not None:
@@ -473,33 +439,6 @@ class Scheduler(ABC):
             outputs.append(RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error))
         return outputs
 
-    def _check_token_ids(self, request: Request) -> None:
-        sampling = request.sampling
-        biased = [token_id for token_id, _ in sampling.logit_bias]
-        for name, token_ids in (
-            ("prompt", request.token_ids),
-            ("logit_bias", biased),
-            ("stop_token_ids", sampling.stop_token_ids),
-        ):
-            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
-                wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self._vocab_size)
-                raise InvalidRequestError(
-                    f"{name} holds token id {wrong}; the model's are 0 to {self._vocab_size - 1}", param=name
-                )
-        if sampling.max_tokens and request.num_tokens >= request.max_num_tokens:
-            raise InvalidRequestError(
-                f"{request.num_output_tokens} of at most {sampling.max_tokens} tokens are generated already",
-                param="max_tokens",
-            )
-
-    def _retry_after_s(self, now_s: float) -> float:
-        """Estimate when half of the queue will have left, from how many requests ended in the last minute."""
-        recent_s = [finish_s for finish_s in self._recent_finishes_s if finish_s > now_s - _RATE_WINDOW_S]
-        if not recent_s:
-            return _RETRY_AFTER_UNKNOWN_S
-        rate = len(recent_s) / max(now_s - recent_s[0], 1.0)
-        return float(min(max(ceil(len(self._waiting) / 2 / rate), 1), _RATE_WINDOW_S))
-
 
 def _attach_logprobs(outputs: list[RequestOutput], step: _StepInFlight, step_output: StepOutput) -> list[RequestOutput]:
     samplers = [*step.decodes, *step.sampled_prefills]
@@ -511,7 +450,3 @@ def _attach_logprobs(outputs: list[RequestOutput], step: _StepInFlight, step_out
 
 def _is_long(chunk: tuple[Request, int]) -> bool:
     return chunk[1] > 1
-
-
-def _order(request: Request) -> int:
-    return request.order

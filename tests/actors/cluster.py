@@ -33,6 +33,18 @@ def ray_environment() -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         "RAY_TMPDIR": folder,
+        # As `make serve` does, with files and ports that are no other cluster's.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).resolve().parents[2] / "scripts" / "haproxy"),
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_LOG_TO_STDERR": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/haproxy/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{folder}/haproxy",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/haproxy/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }
     environment.pop("RAY_ADDRESS", None)
     try:
@@ -46,7 +58,7 @@ class Server:
 
     Args:
         url: Where.
-        environment: That of its cluster, for other processes that join it.
+        environment: That of its cluster.
         log: What it has written.
     """
 
@@ -54,6 +66,12 @@ class Server:
         self.url = url
         self.environment = environment
         self._log = log
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """That of another application's process, which knows where the cluster is and nothing of how Serve runs."""
+        own = {name: value for name, value in self.environment.items() if not name.startswith("RAY_SERVE_")}
+        return {**own, "RAY_ADDRESS": "auto"}
 
     @property
     def log(self) -> str:

@@ -116,9 +116,12 @@ def test_a_ray_handle_gets_the_same_by_the_example_of_the_readme(
     example = re.sub(r"^body = .*$", f"body = {body!r}", example, count=1, flags=re.M)
     example = example.replace('get_app_handle("tiny")', 'get_app_handle("test")')
     (tmp_path / "example.py").write_text(example)
-    environment = {**server.environment, "RAY_ADDRESS": "auto"}
     result = subprocess.run(
-        [sys.executable, str(tmp_path / "example.py")], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, str(tmp_path / "example.py")],
+        env=server.client_environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
     assert result.returncode == 0, result.stderr
@@ -146,7 +149,7 @@ assert scheduler.find_overload.remote(1).result(timeout_s=30) is None
     )
     result = subprocess.run(
         [sys.executable, str(tmp_path / "calls.py")],
-        env={**server.environment, "RAY_ADDRESS": "auto"},
+        env=server.client_environment,
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,6 +1,7 @@
 """A Ray cluster of a test's own: its temporary folder, ports and token are no other's, and it ends with the test."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ def ray_environment() -> Iterator[dict[str, str]]:
     """Yield the environment of a private cluster."""
     # Not pytest's tmp_path: Ray puts sockets there, whose paths may have 107 characters.
     folder = tempfile.mkdtemp(prefix="rs-", dir="/tmp")
+    first_port = 20_000 + 40 * secrets.randbelow(240)
     environment = {
         **os.environ,
         "RAY_TMPDIR": folder,
@@ -43,6 +45,11 @@ def ray_environment() -> Iterator[dict[str, str]]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/haproxy/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{folder}/haproxy",
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/haproxy/server-state",
+        # Otherwise the ingresses of two clusters take their ports from one range, and HAProxy asks the wrong one.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 19),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + 20),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + 39),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }

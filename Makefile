@@ -12,8 +12,8 @@ install: .venv/.installed
 	.venv/bin/pip install -q --no-compile -e '.[dev]'
 	touch $@
 
-# Ray reads these when it starts. HAProxy in front of the ingresses instead of Serve's own proxy: a third of the cost per
-# token, and a client that leaves is noticed at once. Token authentication: only this user's processes may join.
+# Ray reads these when it starts. HAProxy in front of the ingresses instead of Serve's own proxy: more tokens a second, and
+# clients that leave are noticed sooner (figures in the README). Token authentication: only this user's processes may join.
 SERVE_ENVIRONMENT = RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_HAPROXY_BINARY_PATH=$(CURDIR)/scripts/haproxy RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_LOG_TO_STDERR=1 \
 	RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0 RAY_AUTH_MODE=token
 

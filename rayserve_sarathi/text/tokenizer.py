@@ -162,11 +162,12 @@ def _fast_encoders(backend: tokenizers.Tokenizer) -> tuple[_Encode, Callable[[st
     backend.no_padding()
     without_added_tokens = _without_added_tokens(backend)
 
+    # Batches of one: unlike `encode`, they let other threads run meanwhile, and `fast` leaves out the offsets.
     def encode(text: str, add_special_tokens: bool) -> list[int]:
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_literal(text: str) -> list[int]:
-        return without_added_tokens.encode(text, add_special_tokens=False).ids
+        return without_added_tokens.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     return encode, encode_literal
 

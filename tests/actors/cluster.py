@@ -50,6 +50,9 @@ def ray_environment() -> Iterator[dict[str, str]]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 19),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + 20),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + 39),
+        # Serve's own proxy, which HAProxy asks until an ingress is up; two of one port would share its connections.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }

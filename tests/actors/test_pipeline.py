@@ -27,7 +27,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Wide enough that computing a step takes much longer than sending it.
     return save_servable(tmp_path_factory.mktemp("servable"), num_layers=4, hidden_size=512)
 
@@ -74,8 +74,8 @@ async def run(pipeline: CompiledGraphPipeline, steps: list[StepInput]) -> list[S
     return [await pipeline.receive() for _ in steps]
 
 
-async def test_stages_work_on_different_steps_at_the_same_time(checkpoint: Path):
-    async with started(make_config(checkpoint)) as (pipeline, _):
+async def test_stages_work_on_different_steps_at_the_same_time(wide_checkpoint: Path):
+    async with started(make_config(wide_checkpoint)) as (pipeline, _):
         await run(pipeline, make_steps(1))
         outputs = await run(pipeline, make_steps(3))
 
@@ -89,10 +89,10 @@ async def test_stages_work_on_different_steps_at_the_same_time(checkpoint: Path)
         assert first.receive_s <= first.start_s < first.end_s <= second.receive_s <= second.start_s < second.end_s
 
 
-async def test_a_step_that_a_stage_cannot_compute_fails_alone(checkpoint: Path):
+async def test_a_step_that_a_stage_cannot_compute_fails_alone(wide_checkpoint: Path):
     good = make_steps(1)[0]
     bad = replace(good, token_ids=good.token_ids + 1_000_000)  # outside of the embedding
-    async with started(make_config(checkpoint)) as (pipeline, _):
+    async with started(make_config(wide_checkpoint)) as (pipeline, _):
         outputs = await run(pipeline, [bad, good])
 
     assert outputs[0].error is not None
@@ -102,8 +102,8 @@ async def test_a_step_that_a_stage_cannot_compute_fails_alone(checkpoint: Path):
     assert outputs[1].token_ids.shape == (1,)
 
 
-async def test_a_killed_stage_is_named(checkpoint: Path):
-    async with started(make_config(checkpoint)) as (pipeline, stages):
+async def test_a_killed_stage_is_named(wide_checkpoint: Path):
+    async with started(make_config(wide_checkpoint)) as (pipeline, stages):
         await run(pipeline, make_steps(1))
         await pipeline.check_health()
         os.kill(await stages[1].pid.options(concurrency_group="control").remote(), signal.SIGKILL)
@@ -113,7 +113,7 @@ async def test_a_killed_stage_is_named(checkpoint: Path):
             await pipeline.check_health()
 
 
-async def test_a_setting_that_no_stage_can_meet_is_said_as_such(checkpoint: Path):
+async def test_a_setting_that_no_stage_can_meet_is_said_as_such(wide_checkpoint: Path):
     with pytest.raises(ConfigError, match="room for 16 tokens"):
-        async with started(make_config(checkpoint, num_gpu_blocks_override=1)):
+        async with started(make_config(wide_checkpoint, num_gpu_blocks_override=1)):
             pass

@@ -13,31 +13,14 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-from transformers import AutoTokenizer
 
+from tests.actors.clients import MAX_TOKENS, PROMPTS, complete, stream
 from tests.actors.cluster import Server, serve_run
-from tests.servable import Reference, save_servable
 
 pytestmark = pytest.mark.ray
 
-MAX_TOKENS = 24
 NUM_BLOCKS = 64
-# Lengths from 4 to 65 tokens.
-PROMPTS = [[index + 5] * (5 * index % 31 + 1) + list(range(index, 2 * index + 3)) for index in range(32)]
 README = Path(__file__).resolve().parents[2] / "README.md"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_servable(tmp_path_factory.mktemp("servable"))
-
-
-@pytest.fixture(scope="module")
-def greedy_texts(checkpoint: Path) -> list[str]:
-    """What `transformers.generate` continues each prompt with."""
-    reference, tokenizer = Reference(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    outputs = [reference.generate(prompt, MAX_TOKENS) for prompt in PROMPTS]
-    return [tokenizer.decode(output, skip_special_tokens=True) for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +42,6 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as opened:
         yield opened
-
-
-async def complete(client: openai.AsyncOpenAI, prompt: list[int]) -> str:
-    answer = await client.completions.create(model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0)
-    return answer.choices[0].text
-
-
-async def stream(client: openai.AsyncOpenAI, prompt: list[int]) -> str:
-    chunks = await client.completions.create(
-        model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=True
-    )
-    return "".join([chunk.choices[0].text async for chunk in chunks])
 
 
 async def test_one_client_gets_the_greedy_text_of_transformers(client: openai.AsyncOpenAI, greedy_texts: list[str]):
@@ -230,28 +201,3 @@ async def test_a_killed_stage_ends_its_requests_clearly_and_the_pipeline_comes_b
     assert caught.value.status_code in (500, 503)
     await asyncio.to_thread(server.wait_until, server.is_ready, timeout_s=120, message="not ready again")
     assert await complete(client, PROMPTS[11]) == greedy_texts[11]
-
-
-async def test_two_inline_pipelines_share_the_requests(checkpoint: Path, greedy_texts: list[str], tmp_path: Path):
-    args = {"model": str(checkpoint), "served_model_name": "tiny", "transport": "inline", "max_model_len": 256}
-    replicas = [{"name": "SchedulerActor", "num_replicas": 2}]
-    with serve_run(tmp_path, args, deployments=replicas) as server:
-        server.wait_until(
-            lambda: server.get("/metrics")[1].count("\nsarathi_request_started_total") == 2,
-            timeout_s=60,
-            message="there are not two pipelines",
-        )
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            answers = []
-            for first in range(0, len(PROMPTS), 4):
-                answers += await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS[first : first + 4]))
-        _, metrics = server.get("/metrics")
-    started = [
-        float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("sarathi_request_started_total")
-    ]
-
-    assert answers == greedy_texts
-    assert sum(started) == len(PROMPTS)
-    assert min(started) > 0

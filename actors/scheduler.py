@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from ray import serve
 from ray.util import get_current_placement_group
 
@@ -16,16 +15,18 @@ from rayserve_sarathi.actors.messages import OutputBatch, Submission, SubmitRepl
 from rayserve_sarathi.actors.outboxes import Outboxes
 from rayserve_sarathi.actors.pipeline import CompiledGraphPipeline, num_stage_threads, start_stages
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.engine import Engine, make_inline_pipeline, make_scheduler, max_steps_in_flight
+from rayserve_sarathi.engine import Engine, make_scheduler, max_steps_in_flight
 from rayserve_sarathi.errors import EngineDeadError, SarathiError
 from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.metrics import Snapshot
-from rayserve_sarathi.models.load import resolve_dtype
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
+from rayserve_sarathi.registry import import_object
 
 logger = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
+_MAX_ITEMSIZE = 4
+"""Bytes of the largest number that an activation consists of."""
 _RECLAIM_PERIOD_S = 5.0
 
 
@@ -131,14 +132,14 @@ class SchedulerActor:
 
 async def _start_pipeline(config: EngineConfig, info: ModelInfo) -> tuple[Pipeline, int]:
     if config.transport == "inline":
-        torch.set_num_threads(num_stage_threads(1))
-        return await asyncio.to_thread(make_inline_pipeline, config, info)
+        make_pipeline = import_object("rayserve_sarathi.execution.inline:make_inline_pipeline")
+        made: tuple[Pipeline, int] = await asyncio.to_thread(make_pipeline, config, num_threads=num_stage_threads(1))
+        return made
     placement_group = get_current_placement_group()
     assert placement_group is not None, "the deployment reserves a placement group"
     stages, num_blocks = await start_stages(config, placement_group=placement_group, first_bundle=1)
-    device = torch.device(config.device)
     max_step_tokens = max(config.scheduler.token_budget, config.scheduler.max_num_seqs)
-    hidden_bytes = max_step_tokens * info.decoder.hidden_size * resolve_dtype(config, info.decoder, device).itemsize
+    hidden_bytes = max_step_tokens * info.decoder.hidden_size * _MAX_ITEMSIZE
     num_steps = max_steps_in_flight(config.pipeline_parallel_size)
     pipeline = CompiledGraphPipeline(
         stages, config, max_steps_inside=num_steps, buffer_size_bytes=hidden_bytes + 4 * _MIB

@@ -1,25 +1,23 @@
 """The actor of one pipeline stage: receive, compute, send."""
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from rayserve_sarathi.actors.logs import log_to_stderr
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.execution.kv_cache import fit_num_blocks
-from rayserve_sarathi.execution.model_runner import ModelRunner
-from rayserve_sarathi.execution.pipeline import StageMessage, run_stage
-from rayserve_sarathi.models.decoder import Decoder
-from rayserve_sarathi.models.load import load_decoder
-from rayserve_sarathi.models.resolve import resolve_model
+from rayserve_sarathi.registry import import_object
 from rayserve_sarathi.step import StepInput, StepOutput
+
+if TYPE_CHECKING:
+    from rayserve_sarathi.execution.stage import Stage, StageMessage
 
 
 class StageActor:
-    """Weights, KV cache and kernels of one stage; it knows steps, not requests.
+    """A `Stage` in a process of its own.
 
-    `load` and `start` come before the first step. They are calls of their own, as an error in a constructor would reach
-    the caller as text only, and as the size of the KV cache is agreed on by all stages.
+    Torch is loaded here and not with this module, which the scheduler's process imports to start stages.
+
+    `load` is a call of its own, as an error in a constructor would reach the caller as text only.
 
     Args:
         config: The engine's.
@@ -29,11 +27,8 @@ class StageActor:
 
     def __init__(self, config: EngineConfig, *, stage: int, num_threads: int) -> None:
         log_to_stderr()
-        torch.set_num_threads(num_threads)
-        self._config = config
-        self._stage = stage
-        self._decoder: Decoder | None = None
-        self._runner: ModelRunner | None = None
+        import_object("torch:set_num_threads")(num_threads)
+        self._stage: Stage = import_object("rayserve_sarathi.execution.stage:Stage")(config, index=stage)
 
     def load(self) -> int:
         """Load the weights; return how many KV blocks there is room for.
@@ -41,23 +36,19 @@ class StageActor:
         Raises:
             ConfigError: The weights are not to be had, or leave no room.
         """
-        info = resolve_model(self._config)
-        self._decoder = load_decoder(self._config, info, stage=self._stage)
-        return fit_num_blocks(self._config, info, self._decoder)
+        return self._stage.load()
 
     def start(self, num_blocks: int) -> None:
         """Allocate the KV cache."""
-        assert self._decoder is not None, "load comes before start"
-        self._runner = ModelRunner(self._decoder, num_blocks=num_blocks, block_size=self._config.block_size)
+        self._stage.start(num_blocks)
 
-    def execute_first(self, step: StepInput) -> StageMessage | StepOutput:
+    def execute_first(self, step: StepInput) -> "StageMessage | StepOutput":
         """Compute the first stage's part of a step."""
-        return self.execute(StageMessage(step=step))
+        return self._stage.execute_first(step)
 
-    def execute(self, message: StageMessage) -> StageMessage | StepOutput:
+    def execute(self, message: "StageMessage") -> "StageMessage | StepOutput":
         """Compute this stage's part of a step."""
-        assert self._runner is not None, "start comes before the first step"
-        return run_stage(self._runner, message, stage=self._stage)
+        return self._stage.execute(message)
 
     def pid(self) -> int:
         """Return the id of its process: a sign of life, and what an operator looks for."""

@@ -8,13 +8,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError, InvalidRequestError
-from rayserve_sarathi.execution.kv_cache import fit_num_blocks
-from rayserve_sarathi.execution.model_runner import ModelRunner
-from rayserve_sarathi.execution.pipeline import InlinePipeline, Pipeline
+from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kv.block_manager import BlockManager
 from rayserve_sarathi.metrics import Snapshot, render
-from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import ModelInfo
 from rayserve_sarathi.registry import check_name, load
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput, SamplingParams
@@ -69,14 +66,6 @@ def make_scheduler(config: EngineConfig, info: ModelInfo, *, num_blocks: int) ->
         num_decode_groups=config.pipeline_parallel_size,
     )
     return scheduler
-
-
-def make_inline_pipeline(config: EngineConfig, info: ModelInfo) -> tuple[InlinePipeline, int]:
-    """Load all stages into this process; return them and the number of KV blocks of each."""
-    decoders = [load_decoder(config, info, stage=stage) for stage in range(config.pipeline_parallel_size)]
-    num_blocks = min(fit_num_blocks(config, info, decoder) for decoder in decoders)
-    runners = [ModelRunner(decoder, num_blocks=num_blocks, block_size=config.block_size) for decoder in decoders]
-    return InlinePipeline(runners, step_timeout_s=config.step_timeout_s), num_blocks
 
 
 class Engine:

@@ -11,8 +11,9 @@ from typing import Any, NoReturn, Self, TypeVar, cast
 from tqdm import tqdm
 
 from rayserve_sarathi.config import EngineConfig, parse
-from rayserve_sarathi.engine import LocalEngine, check_names, make_inline_pipeline, make_scheduler
+from rayserve_sarathi.engine import LocalEngine, check_names, make_scheduler
 from rayserve_sarathi.errors import ConfigError, EngineDeadError, InvalidRequestError, SarathiError
+from rayserve_sarathi.execution.inline import make_inline_pipeline
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.request import FinishReason, SamplingParams, TokenLogprobs
 from rayserve_sarathi.text.chat_template import ChatOptions
@@ -71,7 +72,7 @@ class LLM:
             trust_remote_code=config.trust_remote_code,
             chat_template=config.chat_template,
         )
-        pipeline, num_blocks = make_inline_pipeline(config, info)
+        pipeline, num_blocks = make_inline_pipeline(config)
         self._engine = LocalEngine(
             make_scheduler(config, info, num_blocks=num_blocks),
             pipeline,

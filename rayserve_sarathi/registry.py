@@ -18,11 +18,16 @@ def check_name(kind: str, name: str, table: Mapping[str, str]) -> None:
 
 
 def load(kind: str, name: str, table: Mapping[str, str]) -> Any:
-    """Return the object that `table[name]` ("package.module:attribute") names.
+    """Return the object that `table[name]` names; see `import_object`.
 
     Raises:
         ConfigError: `name` is not in the table; the message lists the names that are.
     """
     check_name(kind, name, table)
-    module, _, attribute = table[name].partition(":")
+    return import_object(table[name])
+
+
+def import_object(path: str) -> Any:
+    """Return the object that `path` ("package.module:attribute") names, importing its module only now."""
+    module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)

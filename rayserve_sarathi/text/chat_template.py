@@ -8,12 +8,14 @@ such a string gives exactly the tokens of the tokenizer's own `apply_chat_templa
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from rayserve_sarathi.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 """`role`, `content` and perhaps `name`."""
@@ -79,7 +81,7 @@ class ChatTemplate:
         hf: A tokenizer that has a chat template.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerBase) -> None:
+    def __init__(self, hf: "PreTrainedTokenizerBase") -> None:
         self._hf = hf
         template = hf.get_chat_template()
         special = {token.content for token in hf.added_tokens_decoder.values() if token.special}

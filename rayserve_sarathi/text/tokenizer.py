@@ -1,21 +1,26 @@
 """A Hugging Face tokenizer behind the few things that serving needs of it.
 
 A fast tokenizer is called below transformers, whose wrapper changes its settings on each call and so must not be used
-from two threads at once; `encode` and `encode_chat` may.
+from two threads at once; `encode` and `encode_chat` may. Transformers is loaded with the first tokenizer, as it takes
+seconds, and loads torch: whoever only names these classes need not wait for it.
 """
 
 import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rayserve_sarathi.errors import ConfigError, InvalidRequestError
+from rayserve_sarathi.registry import import_object
 from rayserve_sarathi.text.chat_template import ChatOptions, ChatTemplate, Message
 from rayserve_sarathi.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from rayserve_sarathi.text.token_bytes import read_token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _Encode = Callable[[str, bool], list[int]]
 
@@ -39,7 +44,9 @@ def load_tokenizer(
         ConfigError: There is no such tokenizer, or the template cannot be read.
     """
     try:
-        hf = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        hf = import_object("transformers:AutoTokenizer").from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"cannot load a tokenizer from {model!r}: {error}") from error
     if chat_template is not None:
@@ -57,13 +64,13 @@ class Tokenizer:
         hf: Owned by this object from now on.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerBase) -> None:
+    def __init__(self, hf: "PreTrainedTokenizerBase") -> None:
         self._hf = hf
         # The text of a token must not depend on the tokens after it, so no tidying of spaces.
         hf.clean_up_tokenization_spaces = False
         self._special_ids = frozenset(hf.all_special_ids)
         self._token_bytes = None
-        if isinstance(hf, PreTrainedTokenizerFast):
+        if hf.is_fast:
             self._encode, self._encode_literal = _fast_encoders(hf.backend_tokenizer)
             self._special_ids |= {i for i, token in hf.added_tokens_decoder.items() if token.special}
             self._token_bytes = read_token_bytes(hf.backend_tokenizer)
@@ -177,7 +184,7 @@ def _without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer
     return tokenizers.Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
 
 
-def _slow_encoders(hf: PreTrainedTokenizerBase) -> tuple[_Encode, Callable[[str], list[int]]]:
+def _slow_encoders(hf: "PreTrainedTokenizerBase") -> tuple[_Encode, Callable[[str], list[int]]]:
     lock = threading.Lock()
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:

@@ -5,11 +5,14 @@ PYTHON ?= python3
 install: .venv/.installed
 
 # torch first: where there is no NVIDIA GPU its CPU build, which pip then finds good enough. Without the index of CPU
-# builds (no network to it), pip takes what its own index has, after a warning.
+# builds (no network to it), pip takes what its own index has, after a warning. Bytecode is compiled here, on all cores,
+# and not by pip, on one: without it each of the ten processes of a start compiles what it imports. Packages hold files
+# for other versions of Python, which do not compile; hence `true`.
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q --no-compile --no-deps $$(nvidia-smi >/dev/null 2>&1 || echo --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu) "$$(grep -o 'torch>=[^"]*' pyproject.toml)"
 	.venv/bin/pip install -q --no-compile -e '.[dev]'
+	.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 # Ray reads these when it starts. HAProxy in front of the ingresses instead of Serve's own proxy: more tokens a second, and

@@ -223,12 +223,7 @@ class Engine:
 
     def _die(self, fault: str) -> None:
         self._fault = fault
-        self._deliver(
-            [
-                RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=fault)
-                for request_id in self._scheduler.request_ids()
-            ]
-        )
+        self._deliver(self._scheduler.fail_all(fault))
 
     def _check_alive(self) -> None:
         if self._fault is not None:

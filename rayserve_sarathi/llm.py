@@ -1,11 +1,13 @@
 """Offline generation in one process, without Ray: `LLM(model).generate(prompts)`."""
 
 import asyncio
+import random
 import sys
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, NoReturn, Self, TypeVar, cast
 
 from tqdm import tqdm
@@ -15,7 +17,7 @@ from rayserve_sarathi.engine import LocalEngine, check_names, make_scheduler
 from rayserve_sarathi.errors import ConfigError, EngineDeadError, InvalidRequestError, SarathiError
 from rayserve_sarathi.execution.inline import make_inline_pipeline
 from rayserve_sarathi.models.resolve import resolve_model
-from rayserve_sarathi.request import FinishReason, SamplingParams, TokenLogprobs
+from rayserve_sarathi.request import MAX_TOKEN_ID, FinishReason, SamplingParams, TokenLogprobs
 from rayserve_sarathi.text.chat_template import ChatOptions
 from rayserve_sarathi.text.tokenizer import load_tokenizer
 
@@ -80,6 +82,7 @@ class LLM:
             model_name=config.model_name,
         )
         self._num_requests = 0
+        self._seeds = random.Random(config.seed)
         # A loop on a thread of its own, so that it also works where a loop is running already, as in a notebook.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
@@ -123,7 +126,7 @@ class LLM:
             InvalidRequestError: A prompt can never be served.
         """
         many = _as_list(prompts)
-        token_ids = [self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in many]
+        token_ids = [self._tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt) for prompt in many]
         return self._run(token_ids, sampling, has_progress_bar=has_progress_bar)
 
     def chat(
@@ -182,6 +185,8 @@ class LLM:
 
     async def _run_one(self, prompt: list[int], sampling: SamplingParams, progress: "tqdm[NoReturn]") -> Generation:
         self._num_requests += 1
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=self._seeds.getrandbits(64))
         outputs = [output async for output in self._engine.generate(f"llm-{self._num_requests}", prompt, sampling)]
         progress.update()
         first, last = outputs[0], outputs[-1]
@@ -212,6 +217,19 @@ def _stop(engine: LocalEngine, loop: asyncio.AbstractEventLoop, thread: threadin
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
+    if len(prompts) and hasattr(prompts[0], "__index__"):
         return [cast(Sequence[int], prompts)]
     return list(cast(Sequence[Prompt], prompts))
+
+
+def _as_ids(prompt: Sequence[int]) -> list[int]:
+    """Return token ids as plain integers; numpy's and torch's count as such."""
+    try:
+        token_ids = [index(token_id) for token_id in prompt]
+    except TypeError:
+        raise InvalidRequestError(
+            f"a prompt must be a text or token ids, got {prompt!r:.200}", param="prompt"
+        ) from None
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) <= MAX_TOKEN_ID):
+        raise InvalidRequestError(f"token ids must be from 0 to {MAX_TOKEN_ID}, got {prompt!r:.200}", param="prompt")
+    return token_ids

@@ -74,6 +74,7 @@ class SchedulerMetrics:
     """By finish reason."""
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
+    """Tokens that a preempted request lost and did not find in the prefix cache again."""
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     num_prefix_cache_queries: int = 0

@@ -7,7 +7,7 @@ differ in nothing but these two numbers.
 import math
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from rayserve_sarathi.errors import InvalidRequestError
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
 MAX_TOKEN_ID = 2**31 - 1
+MIN_REPETITION_PENALTY = 0.01
+"""What divides a logit must not be so small that the quotient overflows."""
 
 
 class FinishReason(StrEnum):
@@ -51,8 +53,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, number added to its logit)."""
-    seed: int = 0
-    """Randomness comes from (seed, position) alone, so equal seeds give equal tokens in any batch."""
+    seed: int | None = None
+    """Randomness comes from (seed, position) alone, so equal seeds give equal tokens in any batch. None lets the engine
+    draw one."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -61,10 +64,17 @@ class SamplingParams:
     """The same for each prompt token."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InvalidRequestError(f"{field.name} must be a finite number, got {value}", param=field.name)
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if type(value) is not int and not (value is None and name in _OPTIONAL):
+                raise InvalidRequestError(f"{name} must be a whole number, got {value!r}", param=name)
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise InvalidRequestError(f"{name} must be a finite number, got {value!r}", param=name)
+        if type(self.ignore_eos) is not bool:
+            raise InvalidRequestError(f"ignore_eos must be True or False, got {self.ignore_eos!r}", param="ignore_eos")
+        _check_tuples(self.stop_token_ids, self.logit_bias)
         _check_range("max_tokens", self.max_tokens, 0, MAX_TOKEN_ID)
         _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_range("temperature", self.temperature, 0, 100)
@@ -74,17 +84,14 @@ class SamplingParams:
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        if not 0 < self.repetition_penalty <= 100:
-            raise InvalidRequestError(
-                f"repetition_penalty must be greater than 0 and at most 100, got {self.repetition_penalty}",
-                param="repetition_penalty",
-            )
+        _check_range("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 100)
         for token_id, bias in self.logit_bias:
             _check_range("logit_bias", token_id, 0, MAX_TOKEN_ID)
             _check_range("logit_bias", bias, -100, 100)
         for token_id in self.stop_token_ids:
             _check_range("stop_token_ids", token_id, 0, MAX_TOKEN_ID)
-        _check_range("seed", self.seed, 0, MAX_SEED)
+        if self.seed is not None:
+            _check_range("seed", self.seed, 0, MAX_SEED)
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
@@ -94,6 +101,38 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether the logits depend on the tokens so far."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs")
+_OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+
+
+def _check_tuples(stop_token_ids: object, logit_bias: object) -> None:
+    is_tuple_of_ids = isinstance(stop_token_ids, tuple) and all(type(token_id) is int for token_id in stop_token_ids)
+    if not is_tuple_of_ids:
+        raise InvalidRequestError(
+            f"stop_token_ids must be a tuple of token ids, got {stop_token_ids!r}", param="stop_token_ids"
+        )
+    is_tuple_of_pairs = isinstance(logit_bias, tuple) and all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and type(pair[0]) is int
+        and type(pair[1]) in (int, float)
+        and math.isfinite(pair[1])
+        for pair in logit_bias
+    )
+    if not is_tuple_of_pairs:
+        raise InvalidRequestError(
+            f"logit_bias must be a tuple of (token id, finite number), got {logit_bias!r}", param="logit_bias"
+        )
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -160,6 +199,7 @@ class Request:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight_tokens",
+        "num_lost_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "order",
@@ -201,6 +241,8 @@ class Request:
         self.num_in_flight_tokens = 0
         """Tokens in steps that have not returned; above 0, the request is in flight."""
         self.num_cached_tokens = 0
+        self.num_lost_tokens = 0
+        """Tokens that were computed before a preemption and are not yet again."""
         self.num_preemptions = 0
         self.is_aborted = False
         self.order = 0

@@ -45,7 +45,7 @@ def pack_sampling(sampling: SamplingParams) -> bytes:
         sampling.repetition_penalty,
         sampling.logprobs is not None,
         sampling.logprobs or 0,
-        sampling.seed,
+        sampling.seed or 0,
     )
     return np.array([row], dtype=SAMPLING_DTYPE).tobytes()
 
@@ -151,6 +151,7 @@ class StepOutput:
         token_ids: The token sampled for each of the S sampling requests, [S]. Empty if `error` is set.
         logprobs: By index into S, for those that asked.
         prompt_logprobs: By index into R, one entry for each target token, for those that asked.
+        errors: By index into R: why that request alone failed; what else the step says of it means nothing.
         timings: One entry a stage, in order.
         error: Why the step failed as a whole; its requests fail with it.
     """
@@ -160,5 +161,6 @@ class StepOutput:
     token_ids: Int32Array
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
     timings: tuple[StageTiming, ...] = ()
     error: str | None = None

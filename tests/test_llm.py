@@ -126,6 +126,22 @@ def test_a_prompt_that_can_never_be_served_is_refused_and_the_engine_goes_on(che
         assert len(llm.generate([1, 2], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
 
 
+@pytest.mark.parametrize("prompt", [[2**31], [-1], [1.5], ["a", 1]])
+def test_a_prompt_that_is_no_list_of_tokens_is_refused(checkpoint: Path, prompt: list):
+    with LLM(str(checkpoint)) as llm, pytest.raises(InvalidRequestError, match=r"token ids|its part"):
+        llm.generate([prompt])
+
+
+def test_the_seed_of_the_engine_tells_equal_requests_apart_and_makes_runs_equal(checkpoint: Path):
+    def sampled(seed: int) -> list[tuple[int, ...]]:
+        with LLM(str(checkpoint), seed=seed) as llm:
+            return [generation.token_ids for generation in llm.generate(["hello"] * 3, SamplingParams(max_tokens=12))]
+
+    assert len(set(sampled(seed=0))) == 3
+    assert sampled(seed=0) == sampled(seed=0)
+    assert sampled(seed=0) != sampled(seed=7)
+
+
 def test_it_works_inside_a_running_event_loop(checkpoint: Path):
     async def in_a_notebook() -> int:
         with LLM(str(checkpoint)) as llm:

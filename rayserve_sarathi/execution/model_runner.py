@@ -3,6 +3,8 @@
 Dimensions: T tokens in the step; D hidden size; S requests that sample a token; V vocabulary.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.logprobs import token_logprobs
 from rayserve_sarathi.execution.model_input import build_model_input, first_tokens, sampled_tokens
-from rayserve_sarathi.execution.sampler import sample
+from rayserve_sarathi.execution.sampler import NOT_FINITE, sample
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import Int32Array, PromptLogprobsQuery, StepInput, StepOutput
@@ -70,22 +72,26 @@ class ModelRunner:
 
         Returns:
             The output, without timings.
-
-        Raises:
-            FloatingPointError: A logit is NaN or infinite.
         """
         token_ids: Int32Array = np.empty(0, np.int32)
         logprobs: dict[int, TokenLogprobs] = {}
+        bad_requests: list[int] = []
         if len(step.sample_requests):
-            token_ids, logprobs = sample(self._decoder.logits(hidden[sampled_tokens(step)]), step)
+            token_ids, logprobs, bad_rows = sample(self._decoder.logits(hidden[sampled_tokens(step)]), step)
+            bad_requests = step.sample_requests[bad_rows].tolist()
+        prompt_logprobs = {query.request: self._prompt_logprobs(step, hidden, query) for query in step.prompt_logprobs}
+        bad_requests += [
+            request
+            for request, reports in prompt_logprobs.items()
+            if any(not math.isfinite(report.logprob) for report in reports)
+        ]
         return StepOutput(
             step_id=step.step_id,
             epoch=step.epoch,
             token_ids=token_ids,
             logprobs=logprobs,
-            prompt_logprobs={
-                query.request: self._prompt_logprobs(step, hidden, query) for query in step.prompt_logprobs
-            },
+            prompt_logprobs=prompt_logprobs,
+            errors=dict.fromkeys(bad_requests, NOT_FINITE),
         )
 
     def _prompt_logprobs(

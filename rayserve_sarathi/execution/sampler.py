@@ -6,6 +6,8 @@ last three keeps the tokens above a threshold, ties included, so none depends on
 Dimensions: S requests that sample a token; n of them at hand; V vocabulary; C most likely tokens that are looked at.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,20 +26,37 @@ _NUM_CANDIDATES = 512
 _CDF_BLOCK = 256
 
 
-def sample(logits: Tensor, step: StepInput) -> tuple[Int32Array, dict[int, TokenLogprobs]]:
-    """Choose a token for each sampling request.
+NOT_FINITE = (
+    "the model's output is not finite; the weights are damaged, or dtype is too narrow for them"
+    " (use bfloat16 or float32 in place of float16)"
+)
+
+
+class Sampled(NamedTuple):
+    """What came of sampling.
+
+    Args:
+        token_ids: [S].
+        logprobs: By index into S, for those that asked.
+        bad_rows: Which of the S have logits that are NaN or infinite; their tokens mean nothing.
+    """
+
+    token_ids: Int32Array
+    logprobs: dict[int, TokenLogprobs]
+    bad_rows: npt.NDArray[np.int64]
+
+
+def sample(logits: Tensor, step: StepInput) -> Sampled:
+    """Choose a token for each sampling request; none can spoil it for another.
 
     Args:
         logits: [S, V] float32; changed in place.
         step: Says how.
-
-    Returns:
-        Token ids, [S], and log-probabilities by index into S for those that asked.
-
-    Raises:
-        FloatingPointError: A logit is NaN or infinite; the message names step and request.
     """
-    _check_finite(logits, step)
+    # The largest logit is NaN if any is.
+    bad_rows = np.flatnonzero(~logits.amax(dim=-1).isfinite().cpu().numpy())
+    if len(bad_rows):
+        logits[_tensor(bad_rows, logits)] = 0
     sampling = step.sampling
     asked = np.flatnonzero(sampling["has_logprobs"])
     raw_logprobs = F.log_softmax(logits[asked], dim=-1) if len(asked) else logits[:0]
@@ -57,20 +76,9 @@ def sample(logits: Tensor, step: StepInput) -> tuple[Int32Array, dict[int, Token
     chosen: Int32Array = token_ids.cpu().numpy().astype(np.int32)
 
     if not len(asked):
-        return chosen, {}
+        return Sampled(chosen, {}, bad_rows)
     reports = token_logprobs(raw_logprobs, chosen[asked].tolist(), sampling["num_logprobs"][asked].tolist())
-    return chosen, dict(zip(asked.tolist(), reports, strict=True))
-
-
-def _check_finite(logits: Tensor, step: StepInput) -> None:
-    # The largest logit is NaN if any is.
-    is_finite = logits.amax(dim=-1).isfinite().cpu()
-    if not is_finite.all():
-        bad = step.sample_requests[np.flatnonzero(~is_finite.numpy())]
-        raise FloatingPointError(
-            f"step {step.step_id}: the logits of {[step.request_ids[request] for request in bad]} are not finite;"
-            " the weights are damaged, or dtype is too narrow for them (use bfloat16 or float32 in place of float16)"
-        )
+    return Sampled(chosen, dict(zip(asked.tolist(), reports, strict=True)), bad_rows)
 
 
 def _add_bias(logits: Tensor, bias: LogitBias) -> None:
@@ -95,7 +103,9 @@ def _penalise(logits: Tensor, sampling: _Sampling, histories: tuple[TokenHistory
     where = (_tensor(row, logits), _tensor(np.concatenate(tokens), logits))
     values = logits[where]
     values = torch.where(values > 0, values / repetition, values * repetition)
-    logits.index_put_(where, values - _tensor(subtrahend.astype(np.float32), logits))
+    values -= _tensor(subtrahend.astype(np.float32), logits)
+    # Infinity, the quotient of large numbers, would become NaN later on; minus infinity is a ban and stays.
+    logits.index_put_(where, values.clamp_(max=torch.finfo(torch.float32).max))
 
 
 def _draw(logits: Tensor, sampling: _Sampling, u: npt.NDArray[np.float64]) -> Tensor:

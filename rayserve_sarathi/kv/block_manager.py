@@ -41,15 +41,18 @@ class BlockManager:
         """Share of the blocks that requests hold, 0 to 1."""
         return 1 - self._pool.num_free_blocks / self._pool.num_blocks
 
+    def can_share(self, request: Request) -> bool:
+        """Whether `find_prefix` looks for blocks of others at all."""
+        wants_whole_prompt = request.sampling.prompt_logprobs is not None and request.num_output_tokens == 0
+        return self._enable_prefix_caching and not wants_whole_prompt
+
     def find_prefix(self, request: Request) -> list[int]:
         """Return the blocks of the longest prefix of `request` whose KV exists.
 
         At least the last token is left out, as its logits are wanted; a block is shared only as a whole, so with it
         goes the block it is in. A request that asks for the log-probabilities of its prompt computes all of it.
         """
-        if not self._enable_prefix_caching or (
-            request.sampling.prompt_logprobs is not None and request.num_output_tokens == 0
-        ):
+        if not self.can_share(request):
             return []
         self._hash_blocks(request)
         blocks = []
@@ -110,10 +113,11 @@ class BlockManager:
         Requests that began together fill their blocks in the same steps, and naming 256 blocks takes a millisecond,
         which no single step should pay. A request that has given its blocks back meanwhile shares nothing.
         """
-        for _ in range(min(limit, len(self._pending))):
+        while limit and self._pending:
             request, num_before = self._pending.popleft()
             if request.block_table:
                 self.share_computed(request, num_before)
+                limit -= 1
 
     def free(self, request: Request) -> None:
         """Take all blocks of `request` back; the end of its sequence will be evicted before the beginning."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from rayserve_sarathi.errors import InvalidRequestError
 from rayserve_sarathi.openai.fields import MESSAGE_OFF_VALUES, OFF_VALUES, keep_known_fields
-from rayserve_sarathi.request import MAX_LOGPROBS, MAX_SEED, MAX_TOKEN_ID
+from rayserve_sarathi.request import MAX_LOGPROBS, MAX_SEED, MAX_TOKEN_ID, MIN_REPETITION_PENALTY
 from rayserve_sarathi.text.chat_template import ChatOptions
 
 MAX_STOPS = 16
@@ -84,7 +84,7 @@ class GenerationRequest(_Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=100)] | None = None
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],

@@ -38,6 +38,11 @@ def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> N
             raise InvalidRequestError(
                 f"{name} holds token id {wrong}; the model's are 0 to {vocab_size - 1}", param=name
             )
+    if sampling.min_tokens and len(request.stop_token_ids) >= vocab_size:
+        raise InvalidRequestError(
+            "min_tokens forbids the tokens that end a text, and stop_token_ids makes all tokens such; name fewer",
+            param="stop_token_ids",
+        )
     if sampling.max_tokens and request.num_tokens >= request.max_num_tokens:
         raise InvalidRequestError(
             f"{request.num_output_tokens} of at most {sampling.max_tokens} tokens are generated already",

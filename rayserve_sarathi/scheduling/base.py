@@ -25,8 +25,8 @@ from rayserve_sarathi.step import StepInput, StepOutput, pack_sampling
 
 _new_tuple = tuple.__new__
 
-_MAX_SHARED_LATER = 32
-"""Requests whose newest full block a step names: twice the average of 256 decodes and blocks of 16 tokens."""
+_MIN_SHARED_LATER = 32
+"""Requests whose newest full block a step names at least; at most twice the average of its decodes."""
 
 Chunks = dict[Request, int]
 """Tokens to compute of each request."""
@@ -167,10 +167,11 @@ class Scheduler(ABC):
             requests = [*step.decodes, *step.prefills]
             for index, entries in step_output.prompt_logprobs.items():
                 requests[index].prompt_logprobs.extend(entries)
-        outputs = self._update_decodes(step.decodes, token_ids, now_s)
+        outputs = self._fail_some(step, step_output.errors, now_s) if step_output.errors else []
+        outputs += self._update_decodes(step.decodes, token_ids, now_s)
         token_of = dict(zip(step.sampled_prefills, token_ids[num_decodes:], strict=True))
         outputs += self._update_prefills(step.prefills, token_of, now_s)
-        self._blocks.share_pending(_MAX_SHARED_LATER)
+        self._blocks.share_pending(max(_MIN_SHARED_LATER, 2 * num_decodes // self._blocks.block_size))
         return _attach_logprobs(outputs, step, step_output) if step_output.logprobs else outputs
 
     @property
@@ -206,6 +207,15 @@ class Scheduler(ABC):
         """Yield the ids of the requests that have not ended."""
         yield from self._requests
 
+    def fail_all(self, error: str) -> list[RequestOutput]:
+        """End every request: nothing computes any more."""
+        requests = list(self._requests.values())
+        for request in requests:
+            self._finish(request, FinishReason.ERROR)
+        return [
+            RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error) for request in requests
+        ]
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, blocks and steps in flight agree; costs time proportional to the pool."""
         in_flight = {request for step in self._in_flight.values() for request in (*step.decodes, *step.prefills)}
@@ -234,20 +244,23 @@ class Scheduler(ABC):
 
         If no block is free for a decode, the newest running request that is not in flight is preempted, which may be
         itself; but while steps are in flight, which may free blocks, none preempts itself. With several decode groups,
-        the newest decodes wait for the next step, which is made as soon as this one is submitted.
+        the newest decodes wait for the next step; while as many steps with decodes are in flight as there are groups,
+        all wait for the first of them to return.
         """
         decodes: list[Request] = []
         prefills: list[Request] = []
         num_decoding = 0
         block_size = self._blocks.block_size
+        # One more group would be one more step until each decode's turn comes again.
+        can_decode = sum(bool(step.decodes) for step in self._in_flight.values()) < self._num_decode_groups
         for request in tuple(self.running):
             num_tokens = len(request.token_ids)
             num_left = num_tokens - request.num_computed_tokens
             if num_left == 1 and num_tokens > request.num_prompt_tokens:
                 num_decoding += 1
-                if not request.num_in_flight_tokens and (
-                    len(request.block_table) * block_size >= num_tokens or self._grow(request)
-                ):
+                if request.num_in_flight_tokens or not can_decode:
+                    continue
+                if len(request.block_table) * block_size >= num_tokens or self._grow(request):
                     decodes.append(request)
             elif num_left > request.num_in_flight_tokens:
                 prefills.append(request)
@@ -274,8 +287,11 @@ class Scheduler(ABC):
         self._queue.remove(request)
         insort(self.running, request, key=order_of)
         request.num_computed_tokens = len(prefix) * self._blocks.block_size
-        self.metrics.num_prefix_cache_queries += request.num_tokens
-        self.metrics.num_prefix_cache_hits += request.num_computed_tokens
+        if self._blocks.can_share(request):
+            self.metrics.num_prefix_cache_queries += request.num_tokens
+            self.metrics.num_prefix_cache_hits += request.num_computed_tokens
+        self.metrics.num_recomputed_tokens += max(request.num_lost_tokens - request.num_computed_tokens, 0)
+        request.num_lost_tokens = 0
         if request.first_scheduled_s is None:
             request.first_scheduled_s = self._now_s
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
@@ -304,7 +320,7 @@ class Scheduler(ABC):
         self.running.remove(request)
         self._blocks.free(request)
         self.metrics.num_preemptions += 1
-        self.metrics.num_recomputed_tokens += request.num_computed_tokens
+        request.num_lost_tokens = request.num_computed_tokens
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.prompt_logprobs.clear()
@@ -414,8 +430,8 @@ class Scheduler(ABC):
         else:
             self._blocks.free(request)
         self.metrics.num_finished[reason] = self.metrics.num_finished.get(reason, 0) + 1
-        self._queue.note_finish(self._now_s)
         if now_s is not None:
+            self._queue.note_finish(now_s)
             self.metrics.e2e_request_latency_s.observe(now_s - request.arrival_s)
             if request.first_token_s is not None:
                 self.metrics.request_decode_time_s.observe(now_s - request.first_token_s)
@@ -427,6 +443,17 @@ class Scheduler(ABC):
         if num_samples and not (token_ids.min() >= 0 and token_ids.max() < self._vocab_size):
             return f"the last stage returned a token outside of the vocabulary of {self._vocab_size}"
         return None
+
+    def _fail_some(self, step: _StepInFlight, errors: dict[int, str], now_s: float) -> list[RequestOutput]:
+        """End the requests that failed by themselves. They are in flight still, so that the update drops the rest."""
+        requests = [*step.decodes, *step.prefills]
+        failed = {requests[index]: error for index, error in errors.items() if not requests[index].is_aborted}
+        for request in failed:
+            self._finish(request, FinishReason.ERROR, now_s)
+        return [
+            RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
+            for request, error in failed.items()
+        ]
 
     def _fail_step(self, step: _StepInFlight, error: str, now_s: float) -> list[RequestOutput]:
         outputs = []

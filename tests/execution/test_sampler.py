@@ -8,8 +8,8 @@ import torch
 
 from rayserve_sarathi.execution.sampler import sample
 from rayserve_sarathi.execution.uniform import uniforms
-from rayserve_sarathi.request import SamplingParams
-from rayserve_sarathi.step import LogitBias, StepInput, TokenHistory
+from rayserve_sarathi.request import MIN_REPETITION_PENALTY, SamplingParams
+from rayserve_sarathi.step import Int32Array, LogitBias, StepInput, TokenHistory
 from tests.stages import Chunk, make_step
 
 VOCAB_SIZE = 600
@@ -20,6 +20,11 @@ def step_of(*params: SamplingParams, context_len: int = CONTEXT_LEN, **fields: A
     """Return a step in which each of these requests decodes one token."""
     chunks = (Chunk(token_ids=[1], block_ids=[0], context_len=context_len, sampling=sampling) for sampling in params)
     return make_step(*chunks, **fields)
+
+
+def tokens(logits: torch.Tensor, step: StepInput) -> Int32Array:
+    """Return what is sampled."""
+    return sample(logits, step).token_ids
 
 
 def random_logits(num_rows: int, vocab_size: int = VOCAB_SIZE, scale: float = 2.0) -> torch.Tensor:
@@ -38,7 +43,7 @@ def brute_force(logits: np.ndarray, sampling: SamplingParams, position: int) -> 
     probabilities[order[mass_before >= sampling.top_p]] = 0
     probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
     cdf = np.cumsum(probabilities)
-    u = uniforms(np.array([sampling.seed], np.uint64), np.array([position]))[0]
+    u = uniforms(np.array([sampling.seed or 0], np.uint64), np.array([position]))[0]
     return int(np.searchsorted(cdf, u * cdf[-1], side="right"))
 
 
@@ -63,7 +68,7 @@ def test_it_draws_what_brute_force_draws(params: dict[str, Any]) -> None:
     logits = random_logits(200)
     samplings = [SamplingParams(seed=seed, **params) for seed in range(200)]
 
-    token_ids, _ = sample(logits.clone(), step_of(*samplings))
+    token_ids = tokens(logits.clone(), step_of(*samplings))
 
     expected = [
         brute_force(row, params, CONTEXT_LEN + 1) for row, params in zip(logits.numpy(), samplings, strict=True)
@@ -75,8 +80,8 @@ def test_rows_of_a_batch_do_not_see_each_other() -> None:
     logits = random_logits(len(PARAMS) + 1)
     samplings = [SamplingParams(seed=3, **params) for params in PARAMS.values()] + [SamplingParams(temperature=0)]
 
-    together, _ = sample(logits.clone(), step_of(*samplings))
-    alone = [sample(logits[[row]].clone(), step_of(samplings[row]))[0][0] for row in range(len(samplings))]
+    together = tokens(logits.clone(), step_of(*samplings))
+    alone = [tokens(logits[[row]].clone(), step_of(samplings[row]))[0] for row in range(len(samplings))]
 
     assert together.tolist() == alone
 
@@ -84,7 +89,7 @@ def test_rows_of_a_batch_do_not_see_each_other() -> None:
 def test_frequencies_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).repeat(20000, 1)
 
-    token_ids, _ = sample(logits, step_of(*(SamplingParams(seed=seed) for seed in range(20000))))
+    token_ids = tokens(logits, step_of(*(SamplingParams(seed=seed) for seed in range(20000))))
 
     expected = np.exp([0, 1, 2]) / np.exp([0, 1, 2]).sum()
     counts = np.bincount(token_ids, minlength=4)
@@ -93,7 +98,7 @@ def test_frequencies_follow_the_probabilities() -> None:
 
 
 def test_a_seed_gives_other_tokens_at_other_positions() -> None:
-    drawn = {sample(random_logits(1), step_of(SamplingParams(seed=5), context_len=n))[0][0] for n in range(20)}
+    drawn = {tokens(random_logits(1), step_of(SamplingParams(seed=5), context_len=n))[0] for n in range(20)}
 
     assert len(drawn) > 10
 
@@ -102,7 +107,7 @@ def test_greedy_takes_the_largest_logit_and_the_first_of_equals() -> None:
     logits = torch.zeros(2, VOCAB_SIZE)
     logits[0, [40, 400]] = 1.0
 
-    token_ids, logprobs = sample(logits, step_of(*[SamplingParams(temperature=0)] * 2))
+    token_ids, logprobs, _ = sample(logits, step_of(*[SamplingParams(temperature=0)] * 2))
 
     assert token_ids.dtype == np.int32
     assert (token_ids.tolist(), logprobs) == ([40, 0], {})
@@ -111,7 +116,7 @@ def test_greedy_takes_the_largest_logit_and_the_first_of_equals() -> None:
 def test_a_tiny_temperature_is_greedy_and_not_nan() -> None:
     logits = random_logits(3)
 
-    token_ids, _ = sample(logits.clone(), step_of(*[SamplingParams(temperature=1e-30)] * 3))
+    token_ids = tokens(logits.clone(), step_of(*[SamplingParams(temperature=1e-30)] * 3))
 
     assert token_ids.tolist() == logits.argmax(-1).tolist()
 
@@ -120,7 +125,7 @@ def test_equal_logits_are_kept_or_dropped_together() -> None:
     logits = torch.zeros(500, VOCAB_SIZE)
     logits[:, :3] = 5.0
 
-    token_ids, _ = sample(logits, step_of(*(SamplingParams(seed=seed, top_k=2) for seed in range(500))))
+    token_ids = tokens(logits, step_of(*(SamplingParams(seed=seed, top_k=2) for seed in range(500))))
 
     assert set(token_ids.tolist()) == {0, 1, 2}
 
@@ -137,7 +142,7 @@ def test_penalties() -> None:
         output_token_ids=np.array([1, 4, 1], np.int32),
     )
 
-    token_ids, _ = sample(logits, step_of(SamplingParams(temperature=0), greedy, histories=(history,)))
+    token_ids = tokens(logits, step_of(SamplingParams(temperature=0), greedy, histories=(history,)))
 
     # Token 0 was in the prompt: halved. Token 1 twice in the output: halved, less 0.5 and 2 * 0.25.
     # Token 3 is negative, so doubled. Token 4: halved, less 0.5 and 0.25.
@@ -155,7 +160,7 @@ def test_biases_and_bans() -> None:
         values=np.array([-np.inf, 60.0, 40.0], np.float32),
     )
 
-    token_ids, _ = sample(logits.clone(), step_of(*[SamplingParams(temperature=0)] * 2, logit_bias=bias))
+    token_ids = tokens(logits.clone(), step_of(*[SamplingParams(temperature=0)] * 2, logit_bias=bias))
 
     assert token_ids.tolist() == [int(logits[0].topk(2).indices[1]), 17]
 
@@ -168,7 +173,7 @@ def test_logprobs_are_those_of_the_model_before_any_change() -> None:
         rows=np.array([2], np.int32), token_ids=np.array([3], np.int32), values=np.array([100], np.float32)
     )
 
-    token_ids, logprobs = sample(logits, step_of(*samplings, logit_bias=bias))
+    token_ids, logprobs, _ = sample(logits, step_of(*samplings, logit_bias=bias))
 
     assert token_ids[2] == 3
     assert logprobs.keys() == {1, 2}
@@ -181,9 +186,25 @@ def test_logprobs_are_those_of_the_model_before_any_change() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_broken_logits_are_an_error_that_names_step_and_request(bad: float) -> None:
-    logits = random_logits(2)
+def test_broken_logits_of_one_request_are_named_and_spoil_no_other(bad: float) -> None:
+    logits = random_logits(3)
+    fine = tokens(logits.clone(), step_of(*[SamplingParams(seed=seed) for seed in range(3)]))
     logits[1, 5] = bad
 
-    with pytest.raises(FloatingPointError, match=r"step 8: the logits of \['request-1'\] are not finite"):
-        sample(logits, step_of(*[SamplingParams()] * 2, step_id=8))
+    token_ids, _, bad_rows = sample(logits, step_of(*[SamplingParams(seed=seed) for seed in range(3)]))
+
+    assert bad_rows.tolist() == [1]
+    assert token_ids[[0, 2]].tolist() == fine[[0, 2]].tolist()
+
+
+@pytest.mark.parametrize("penalty", [MIN_REPETITION_PENALTY, 100.0])
+def test_no_penalty_makes_logits_that_cannot_be_sampled(penalty: float) -> None:
+    samplings = [SamplingParams(repetition_penalty=penalty, temperature=temperature) for temperature in (0, 1e-3, 1)]
+    everything = np.arange(VOCAB_SIZE, dtype=np.int32)
+    histories = tuple(
+        TokenHistory(row=row, prompt_token_ids=everything, output_token_ids=everything[:3]) for row in range(3)
+    )
+
+    _, _, bad_rows = sample(random_logits(3, scale=1e37), step_of(*samplings, histories=histories))
+
+    assert not len(bad_rows)

@@ -110,7 +110,7 @@ def test_blocks_shared_later_are_shared_a_few_at_a_time_unless_given_back():
         request.num_computed_tokens = 4
         blocks.share_later(request, 0)
     blocks.free(requests[0])
-    blocks.share_pending(2)
+    blocks.share_pending(1)
     found = [bool(blocks.find_prefix(make_request("again", prompt=[index] * 5))) for index in range(4)]
     blocks.share_pending(2)
 

@@ -125,7 +125,9 @@ def test_the_newest_request_is_preempted_when_blocks_run_out():
 
 
 def test_a_request_in_flight_is_never_preempted():
-    driver = make_driver(num_blocks=8, block_size=2, token_budget=8, watermark=0.0, max_steps_in_flight=2)
+    driver = make_driver(
+        num_blocks=8, block_size=2, token_budget=8, watermark=0.0, max_steps_in_flight=2, num_decode_groups=2
+    )
     driver.add(make_request("old", prompt=7, max_tokens=9))
     driver.add(make_request("new", prompt=7, max_tokens=9))
     assert tokens_of(driver.submit()) == {"old": 7, "new": 1}
@@ -217,6 +219,39 @@ def test_decodes_are_spread_over_the_stages():
     for _ in range(6):
         driver.land()
         assert len(tokens_of(driver.submit())) == 4  # so two steps are in flight all the time
+
+
+def test_a_request_that_comes_while_all_groups_are_in_flight_makes_no_group_of_its_own():
+    driver = make_driver(token_budget=64, max_steps_in_flight=3, num_decode_groups=2)
+    for index in range(8):
+        driver.add(make_request(f"request-{index}", prompt=2, max_tokens=20))
+    driver.submit()
+    driver.land()
+    assert [len(tokens_of(driver.submit())) for _ in range(2)] == [4, 4]
+    driver.add(make_request("late", prompt=2, max_tokens=20))
+    assert tokens_of(driver.submit()) == {"late": 2}
+    sizes = []
+    for _ in range(8):
+        driver.land()
+        sizes.append(len(tokens_of(driver.submit())))
+
+    assert sizes == [4, 4, 0, 5, 4, 5, 4, 5]  # two groups again; a third one would make each wait for two others
+
+
+def test_a_request_that_fails_by_itself_takes_no_other_with_it():
+    driver = make_driver(token_budget=8)
+    for name in ("good", "bad"):
+        driver.add(make_request(name, prompt=4))
+    step = driver.submit()
+    assert step is not None
+    output = StepOutput(step_id=0, epoch=0, token_ids=np.array([7, 8], dtype=np.int32), errors={1: "not finite"})
+    outputs = {output.request_id: output for output in driver.scheduler.update(output, 1.0)}
+
+    assert (outputs["bad"].finish_reason, outputs["bad"].error) == (FinishReason.ERROR, "not finite")
+    assert outputs["bad"].token_ids == ()
+    assert (outputs["good"].finish_reason, outputs["good"].token_ids) == (None, (7,))
+    assert list(driver.scheduler.request_ids()) == ["good"]
+    driver.scheduler.check_integrity()
 
 
 def test_a_new_request_leaves_the_watermark_free_unless_it_is_alone():

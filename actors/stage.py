@@ -36,7 +36,8 @@ class StageActor:
         Raises:
             ConfigError: The weights are not to be had, or leave no room.
         """
-        return self._stage.load()
+        self._stage.load()
+        return self._stage.fit()
 
     def start(self, num_blocks: int) -> None:
         """Allocate the KV cache."""

@@ -28,7 +28,9 @@ def make_inline_pipeline(config: EngineConfig, *, num_threads: int | None = None
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     stages = [Stage(config, index=index) for index in range(config.pipeline_parallel_size)]
-    num_blocks = min([stage.load() for stage in stages])
+    for stage in stages:
+        stage.load()
+    num_blocks = min(stage.fit() for stage in stages)
     for stage in stages:
         stage.start(num_blocks)
     return InlinePipeline(stages, step_timeout_s=config.step_timeout_s), num_blocks

@@ -31,7 +31,9 @@ def fit_num_blocks(config: EngineConfig, info: ModelInfo, decoder: Decoder) -> i
     elif config.kv_cache_memory_bytes is not None:
         num_blocks, setting = config.kv_cache_memory_bytes // block_bytes, "kv_cache_memory_bytes"
     elif decoder.device.type == "cuda":
-        num_blocks, setting = _free_gpu_bytes(config, decoder) // block_bytes, "gpu_memory_utilization"
+        # Inline stages share the GPU.
+        num_stages = config.pipeline_parallel_size if config.transport == "inline" else 1
+        num_blocks, setting = _free_gpu_bytes(config, decoder) // num_stages // block_bytes, "gpu_memory_utilization"
     else:
         wanted = config.scheduler.max_num_seqs * -(-info.max_model_len // config.block_size)
         # Stages of a CPU deployment mostly share a machine, so its quarter is for all of them.
@@ -45,6 +47,12 @@ def fit_num_blocks(config: EngineConfig, info: ModelInfo, decoder: Decoder) -> i
             f"the KV cache has room for {max(0, num_blocks) * config.block_size} tokens ({max(0, num_blocks)} blocks,"
             f" {max(0, num_blocks) * block_bytes / _MIB:.1f} MiB), but max_model_len is {info.max_model_len};"
             f" lower max_model_len, or raise {setting} until {enough} are there"
+        )
+    wanted_bytes = num_blocks * block_bytes
+    if decoder.device.type == "cpu" and wanted_bytes > (free := free_memory_bytes()):
+        raise ConfigError(
+            f"{setting} asks for {wanted_bytes / _MIB:.0f} MiB of KV cache ({num_blocks} blocks of"
+            f" {block_bytes / _MIB:.3f} MiB), but {free / _MIB:.0f} MiB of memory are free; lower it"
         )
     return num_blocks
 

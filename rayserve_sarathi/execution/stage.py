@@ -38,7 +38,7 @@ class StageMessage:
 class Stage:
     """Weights, KV cache and kernels of one stage; it knows steps, not requests.
 
-    `load` and `start` come before the first step: the size of the KV cache is agreed on by all stages in between.
+    `load`, `fit` and `start` come before the first step: all stages agree on the size of their KV caches.
 
     Args:
         config: The engine's.
@@ -51,15 +51,22 @@ class Stage:
         self._decoder: Decoder | None = None
         self._runner: ModelRunner | None = None
 
-    def load(self) -> int:
-        """Load the weights; return how many KV blocks there is room for.
+    def load(self) -> None:
+        """Load the weights.
 
         Raises:
-            ConfigError: The weights are not to be had, or leave no room.
+            ConfigError: They are not to be had.
         """
-        info = resolve_model(self._config)
-        self._decoder = load_decoder(self._config, info, stage=self._index)
-        return fit_num_blocks(self._config, info, self._decoder)
+        self._decoder = load_decoder(self._config, resolve_model(self._config), stage=self._index)
+
+    def fit(self) -> int:
+        """Return how many KV blocks there is room for, once all stages of this machine are loaded.
+
+        Raises:
+            ConfigError: Too few for the longest request.
+        """
+        assert self._decoder is not None, "load comes before fit"
+        return fit_num_blocks(self._config, resolve_model(self._config), self._decoder)
 
     def start(self, num_blocks: int) -> None:
         """Allocate the KV cache."""

@@ -155,6 +155,23 @@ def parse_decoder(
     )
 
 
+def parse_layer_types(hf: HfConfig, window: int) -> list[int | None] | None:
+    """Return each layer's window as `layer_types` says, or None if the config has no such list.
+
+    Raises:
+        ConfigError: It names other types, or not as many as there are layers.
+    """
+    num_layers = hf.integer("num_hidden_layers")
+    if not (layer_types := hf.strings("layer_types")):
+        return None
+    if len(layer_types) != num_layers or not set(layer_types) <= {"full_attention", "sliding_attention"}:
+        raise hf.error(
+            f"layer_types must name full_attention or sliding_attention for each of {num_layers} layers,"
+            f" got {list(layer_types)}"
+        )
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
 def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
     """Return the layers of a stage; when they do not divide, the first stages take one more.
 

@@ -101,7 +101,7 @@ def read_json(path: Path) -> HfConfig:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; is the checkpoint complete?") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping, got {type(values).__name__}")

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.layers import Weights
 from rayserve_sarathi.models.parameters import HEAD, stage_parameters
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_folder
-from rayserve_sarathi.models.weights import dummy_weights, load_weights
+from rayserve_sarathi.models.weights import dummy_weights, has_tensor, load_weights
 from rayserve_sarathi.registry import load
 
 _logger = logging.getLogger(__name__)
@@ -79,10 +80,13 @@ def resolve_dtype(config: EngineConfig, decoder: DecoderConfig, device: torch.de
 def _stage_weights(
     config: EngineConfig, decoder: DecoderConfig, layers: range, *, dtype: torch.dtype, device: torch.device
 ) -> Weights:
-    parameters = stage_parameters(decoder, layers)
     if config.load_format == "dummy":
-        return dummy_weights(parameters, seed=config.seed, dtype=dtype, device=device)
+        return dummy_weights(stage_parameters(decoder, layers), seed=config.seed, dtype=dtype, device=device)
     root = resolve_folder(config.model, config.revision, with_weights=True)
+    if decoder.tie_word_embeddings and has_tensor(root, HEAD):
+        # As in transformers: a head of its own counts for more than the flag.
+        decoder = replace(decoder, tie_word_embeddings=False)
+    parameters = stage_parameters(decoder, layers)
     return load_weights(root, parameters, known_names=_KnownNames(decoder), dtype=dtype, device=device)
 
 

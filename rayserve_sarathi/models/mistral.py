@@ -1,10 +1,11 @@
 """Mistral: Llama with a sliding window in its first versions (Jiang et al., 2023)."""
 
-from rayserve_sarathi.models.config import DecoderConfig, parse_decoder
+from rayserve_sarathi.models.config import DecoderConfig, parse_decoder, parse_layer_types
 from rayserve_sarathi.models.hf_config import HfConfig
 
 
 def parse_mistral(hf: HfConfig) -> DecoderConfig:
     """Parse the config of a `MistralForCausalLM`. A missing `sliding_window` means 4096, as in transformers."""
     window = None if hf.is_null("sliding_window") else hf.integer("sliding_window", 4096)
-    return parse_decoder(hf, sliding_windows=[window] * hf.integer("num_hidden_layers"))
+    windows = None if window is None else parse_layer_types(hf, window)
+    return parse_decoder(hf, sliding_windows=windows or [window] * hf.integer("num_hidden_layers"))

@@ -1,6 +1,6 @@
 """Qwen 2, 2.5 and 3: Llama with a sliding window in some layers; 2 has biases, 3 norms of queries and keys."""
 
-from rayserve_sarathi.models.config import DecoderConfig, parse_decoder
+from rayserve_sarathi.models.config import DecoderConfig, parse_decoder, parse_layer_types
 from rayserve_sarathi.models.hf_config import HfConfig
 
 
@@ -27,12 +27,7 @@ def _sliding_windows(hf: HfConfig) -> list[int | None]:
     if not hf.boolean("use_sliding_window", default=False) or hf.is_null("sliding_window"):
         return [None] * num_layers
     window = hf.integer("sliding_window", 4096)
-    if layer_types := hf.strings("layer_types"):
-        if len(layer_types) != num_layers or not set(layer_types) <= {"full_attention", "sliding_attention"}:
-            raise hf.error(
-                f"layer_types must name full_attention or sliding_attention for each of {num_layers} layers,"
-                f" got {list(layer_types)}"
-            )
-        return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+    if (windows := parse_layer_types(hf, window)) is not None:
+        return windows
     first = hf.integer("max_window_layers", 28, low=0)
     return [window if layer >= first else None for layer in range(num_layers)]

@@ -93,8 +93,12 @@ def resolve_folder(model: str, revision: str | None, *, with_weights: bool = Fal
     """
     if model == TINY_MODEL:
         return Path(__file__).parent / "tiny"
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or the home of a user who does not exist
+        raise ConfigError(f"model {model[:200]!r} is no path: {error}") from None
+    if is_folder:
         return folder
     if not _HUB_ID.fullmatch(model) or ".." in model:
         raise ConfigError(

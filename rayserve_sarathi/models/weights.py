@@ -17,6 +17,7 @@ from rayserve_sarathi.models.hf_config import read_json
 from rayserve_sarathi.models.layers import Weights
 from rayserve_sarathi.models.parameters import Parameters
 
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONVERT_HINT = (
     "convert it: transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
@@ -94,15 +95,23 @@ def _allocate(parameters: Parameters, *, dtype: torch.dtype, device: torch.devic
     return weights, slices
 
 
+def has_tensor(root: Path, name: str) -> bool:
+    """Return whether the checkpoint of a folder has a tensor; raises what `load_weights` does."""
+    return name in _locate_tensors(root)
+
+
 def _locate_tensors(root: Path) -> dict[str, Path]:
     """Return which file of the folder has which tensor, from the files' own headers."""
     file_of: dict[str, Path] = {}
     for file in _weight_files(root):
         try:
             with safe_open(file, framework="pt") as tensors:
-                file_of.update(dict.fromkeys(tensors.keys(), file))
+                names = tensors.keys()
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{file} is damaged or incomplete: {error}; download it again") from None
+        if twice := sorted(file_of.keys() & names):
+            raise ConfigError(f"{twice[0]} is in {file_of[twice[0]].name} and in {file}; remove the file that is wrong")
+        file_of.update(dict.fromkeys(names, file))
     return file_of
 
 
@@ -117,11 +126,17 @@ def _weight_files(root: Path) -> list[Path]:
         if missing := [name for name in names if not (root / name).is_file()]:
             raise ConfigError(f"{root / missing[0]} is missing, though {_INDEX} lists it; download it again")
         return [root / name for name in names]
+    if (single := root / _SINGLE).is_file():
+        # What lies beside it is the same weights in another format, or an adapter.
+        return [single]
     if files := sorted(root.glob("*.safetensors")):
         return files
     if pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in root.glob(pattern)):
         raise ConfigError(f"{root} has weights as pickles only ({pickles[0]}), which may run code; {_CONVERT_HINT}")
-    raise ConfigError(f"{root} has no *.safetensors file; download the weights, or use load_format: dummy")
+    raise ConfigError(
+        f"{root} has no *.safetensors file; download the weights, or use load_format: dummy; if the model has its"
+        f" weights as .bin or .pt only, {_CONVERT_HINT}"
+    )
 
 
 def _read_file(file: Path, targets: Mapping[str, Tensor], advance: Callable[[], object]) -> None:

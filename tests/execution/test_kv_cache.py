@@ -71,6 +71,12 @@ def test_a_pool_too_small_for_the_longest_request_is_refused_with_the_numbers(fo
     assert fit(folder, **{setting: value}, max_model_len=112) == 7
 
 
+@pytest.mark.parametrize("setting", ["num_gpu_blocks_override", "kv_cache_memory_bytes"])
+def test_a_pool_larger_than_the_memory_is_refused_with_the_numbers(folder: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{setting} asks for \d+ MiB .* but \d+ MiB of memory are free; lower it"):
+        fit(folder, **{setting: 10**13})
+
+
 def test_pools_are_allocated_for_each_layer(folder: Path) -> None:
     config = EngineConfig(model=str(folder), device="cpu", load_format="dummy")
     decoder = load_decoder(config, resolve_model(config), stage=0)

@@ -106,6 +106,13 @@ def test_mistral_without_the_key_has_a_window_and_with_null_has_none() -> None:
     assert parse(**mistral, sliding_window="null").sliding_windows == (None,) * 4
 
 
+def test_mistral_has_windows_in_the_layers_that_its_config_names() -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+    assert parse(**mistral, layer_types=types).sliding_windows == (None, 8, None, 8)
+
+
 def test_qwen_has_windows_where_it_says_so() -> None:
     qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 7, "max_window_layers": 3}
     types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]

@@ -35,7 +35,9 @@ def test_a_shorter_max_model_len_is_taken_and_a_longer_one_refused(folder: Path)
         resolve_model(EngineConfig(model=str(folder), max_model_len=129))
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "../..", "a/../b", "a/b/c", "~/nothing/here"])
+@pytest.mark.parametrize(
+    "model", ["/no/such/folder", "../..", "a/../b", "a/b/c", "~/nothing/here", "~nobody/x", "a" * 5000]
+)
 def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

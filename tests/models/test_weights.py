@@ -142,6 +142,33 @@ def test_an_index_may_not_lead_out_of_its_folder(tmp_path: Path, name: str) -> N
         load(tmp_path)
 
 
+def test_what_lies_beside_the_weights_is_left_alone(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "llama")
+    save_file({"lora_A.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+
+    load(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "llama")
+    first, second = shard(tmp_path)
+    save_file(load_file(first) | load_file(second), second)
+
+    with pytest.raises(ConfigError, match=f"is in {first.name} and in .*{second.name}"):
+        load(tmp_path)
+
+
+def test_a_head_of_its_own_counts_for_more_than_the_flag_that_ties_it(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "llama3-tied")
+    change(tmp_path, **{"lm_head.weight": torch.randn(97, 32, generator=torch.Generator().manual_seed(3))})
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+    for num_stages in (1, 2):
+        logits = Stages(tmp_path, num_stages=num_stages).logits(make_step(Chunk(token_ids=PROMPT, block_ids=[0])))
+
+        assert (logits - hf_logits(theirs, PROMPT)).abs().max() < 1e-4
+
+
 def test_pickles_are_refused_with_a_way_to_convert_them(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "llama")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")

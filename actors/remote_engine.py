@@ -47,6 +47,8 @@ class RemoteEngine:
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._outbound: list[tuple[Submission, asyncio.Future[None]]] = []
         self._cancels: dict[str, list[str]] = {}
+        self._stopped: set[str] = set()
+        """Those among `_cancels` whose text is complete."""
         self._has_work = asyncio.Event()
         self._num_waiting = 0
         self._num_since_report = 0
@@ -89,6 +91,12 @@ class RemoteEngine:
             if self._mailboxes.close(request_id):
                 self._cancel(request_id)
             self._pipeline_of.pop(request_id, None)
+
+    def finish(self, request_id: str) -> None:
+        """See `EngineClient`."""
+        if self._mailboxes.close(request_id):
+            self._stopped.add(request_id)
+            self._cancel(request_id)
 
     async def check_ready(self) -> None:
         """See `EngineClient`."""
@@ -179,8 +187,11 @@ class RemoteEngine:
         )
 
     async def _call_cancel(self, pipeline: str, request_ids: list[str]) -> None:
+        stopped_ids = self._stopped.intersection(request_ids)
+        self._stopped -= stopped_ids
         try:
-            await asyncio.wait_for(self._scheduler.cancel.remote(request_ids, pipeline=pipeline), _CONTROL_TIMEOUT_S)
+            call = self._scheduler.cancel.remote(request_ids, pipeline=pipeline, stopped_ids=stopped_ids)
+            await asyncio.wait_for(call, _CONTROL_TIMEOUT_S)
         except Exception as error:
             # Not lost: the next claims do not name these requests, so the scheduler aborts them.
             logger.warning("could not cancel %d requests at pipeline %s: %s", len(request_ids), pipeline, error)

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from ray import serve
@@ -85,9 +85,15 @@ class SchedulerActor:
                 refusals[submission.request_id] = error
         return SubmitReply(pipeline=self._pipeline_id, refusals=refusals)
 
-    async def cancel(self, request_ids: list[str], *, pipeline: str) -> None:
-        """Abort requests whose client is gone; their KV is free within a step."""
+    async def cancel(self, request_ids: list[str], *, pipeline: str, stopped_ids: Collection[str] = ()) -> None:
+        """End requests that their client, or their ingress, has done with; their KV is free within a step.
+
+        Those of `stopped_ids` have a complete text; the others' clients are gone.
+        """
         assert pipeline == self._pipeline_id, f"a call for {pipeline} came to {self._pipeline_id}"
+        for request_id in stopped_ids:
+            self._outboxes.close(request_id)
+            self._engine.stop(request_id)
         self._abort(request_ids)
 
     async def outputs(self, ingress: str, *, pipeline: str) -> AsyncIterator[OutputBatch]:

@@ -137,6 +137,11 @@ class Engine:
         if self._scheduler.abort(request_id):
             self._wake.set()  # what it held may be what another waits for
 
+    def stop(self, request_id: str) -> None:
+        """End a request whose text is complete; see `Scheduler.stop`."""
+        if self._scheduler.stop(request_id, self._clock()):
+            self._wake.set()
+
     async def warm_up(self, num_tokens: int) -> None:
         """Send a prompt of up to `num_tokens` and two generated tokens through all stages; then the engine is ready.
 
@@ -326,6 +331,11 @@ class LocalEngine:
         finally:
             if self._mailboxes.close(request_id):
                 self._engine.abort(request_id)
+
+    def finish(self, request_id: str) -> None:
+        """See `EngineClient`."""
+        if self._mailboxes.close(request_id):
+            self._engine.stop(request_id)
 
     async def check_ready(self) -> None:
         """See `EngineClient`."""

@@ -106,6 +106,18 @@ async def test_leaving_a_stream_aborts_its_request():
     assert 'sarathi_num_requests_running{model_name="m",pipeline="0"} 0.0' in metrics
 
 
+async def test_finishing_a_request_ends_it_as_stopped():
+    async with running() as (engine, _):
+        stream = engine.generate("a", PROMPT, SamplingParams(max_tokens=200))
+        await anext(stream)
+        engine.finish("a")
+        await stream.aclose()  # type: ignore[attr-defined]  # an async generator
+        metrics = await engine.metrics()
+
+    assert 'sarathi_request_success_total{finished_reason="stop",model_name="m",pipeline="0"} 1.0' in metrics
+    assert 'finished_reason="abort"' not in metrics
+
+
 async def test_a_failed_step_ends_its_request_and_the_engine_goes_on():
     async with running() as (engine, pipeline):
         pipeline.num_failing = 1

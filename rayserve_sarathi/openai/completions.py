@@ -7,7 +7,7 @@ from rayserve_sarathi.errors import InvalidRequestError
 from rayserve_sarathi.openai.answers import JsonObject, Plan
 from rayserve_sarathi.openai.generation import ChoiceDelta
 from rayserve_sarathi.openai.logprobs import completion_logprobs
-from rayserve_sarathi.openai.prompts import PromptTokens, RequestPlanner
+from rayserve_sarathi.openai.prompts import PromptTokens, RequestPlanner, check_prompt_logprobs
 from rayserve_sarathi.openai.protocol import CompletionRequest, StreamOptions
 from rayserve_sarathi.text.tokenizer import Tokenizer
 
@@ -49,12 +49,12 @@ class CompletionFormat:
         return {
             "index": index,
             "text": echo + delta.text if is_first else delta.text,
-            "logprobs": self._logprobs(index, delta, len(echo), is_first=is_first) if self._has_logprobs else None,
+            "logprobs": self._logprobs(index, delta, echo, is_first=is_first) if self._has_logprobs else None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
 
-    def _logprobs(self, index: int, delta: ChoiceDelta, num_echo_chars: int, *, is_first: bool) -> JsonObject:
+    def _logprobs(self, index: int, delta: ChoiceDelta, echo: str, *, is_first: bool) -> JsonObject:
         is_echoed = is_first and self._echoes is not None
         prompt = self._prompts[index // self._num_choices_per_prompt]
         return completion_logprobs(
@@ -62,7 +62,7 @@ class CompletionFormat:
             delta.logprobs,
             prompt_token_ids=prompt.token_ids if is_echoed else (),
             prompt_logprobs=delta.prompt_logprobs if is_echoed else (),
-            num_prompt_chars=num_echo_chars,
+            echo=echo,
         )
 
 
@@ -92,11 +92,16 @@ async def plan_completion(
             tenant=tenant,
         )
     ]
+    check_prompt_logprobs(choices)
     choice_format = CompletionFormat(
         tokenizer,
         prompts,
         num_choices_per_prompt=request.num_choices,
-        echoes=[_echo(tokenizer, prompt) for prompt in prompts] if has_echo else None,
+        echoes=[
+            _echo(tokenizer, prompt, skip_special_tokens=request.skip_special_tokens is not False) for prompt in prompts
+        ]
+        if has_echo
+        else None,
         has_logprobs=request.logprobs is not None,
     )
     return Plan(
@@ -110,5 +115,7 @@ async def plan_completion(
     )
 
 
-def _echo(tokenizer: Tokenizer, prompt: PromptTokens) -> str:
-    return tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+def _echo(tokenizer: Tokenizer, prompt: PromptTokens, *, skip_special_tokens: bool) -> str:
+    if prompt.text is not None:
+        return prompt.text
+    return tokenizer.decode(prompt.token_ids, skip_special_tokens=skip_special_tokens)

@@ -38,6 +38,12 @@ class EngineClient(Protocol):
             EngineDeadError: No pipeline is alive.
         """
 
+    def finish(self, request_id: str) -> None:
+        """End a request whose text is complete (a stop string was found): it counts as stopped, not as aborted.
+
+        Then the generator of `generate` is to be closed.
+        """
+
     async def check_ready(self) -> None:
         """Return if the engine is up (its first tokens have gone through all stages) and all stages answer.
 

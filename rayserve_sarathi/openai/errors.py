@@ -21,6 +21,7 @@ from rayserve_sarathi.openai.json_encoder import encode_json
 
 _UNAVAILABLE_RETRY_AFTER_S = 5
 _MAX_MESSAGE_CHARS = 2000
+_MAX_PARAM_CHARS = 200
 _CLOSE = {"connection": "close"}
 """For an answer that does not wait for the rest of the body."""
 
@@ -106,7 +107,8 @@ class ErrorAnswer:
     def body(self) -> dict[str, object]:
         """The JSON that says so, as an answer's body or an event of a stream."""
         message = self.message[:_MAX_MESSAGE_CHARS]
-        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+        param = None if self.param is None else self.param[:_MAX_PARAM_CHARS]
+        return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 
     def to_response(self) -> Response:
         """Return it as the whole answer."""

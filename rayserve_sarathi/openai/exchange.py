@@ -17,6 +17,8 @@ from rayserve_sarathi.openai.json_encoder import encode_json
 
 EVENT_STREAM = "text/event-stream"
 _BODY_TIMEOUT_S = 60.0
+_SEND_TIMEOUT_S = 30.0
+"""A client that reads nothing for this long is gone: what is generated for it would fill the memory."""
 _DONE = b"data: [DONE]\n\n"
 
 _Result = TypeVar("_Result")
@@ -52,8 +54,16 @@ def read_deadline(headers: Mapping[str, str], *, now_s: float, longest_s: float)
     return now_s + min(timeout_s, longest_s)
 
 
-async def read_json_object(request: Request, *, max_body_bytes: int) -> dict[str, object]:
-    """Return the body of a request, never holding more than `max_body_bytes` of it.
+async def read_json_object(
+    request: Request, *, max_body_bytes: int, until_s: float = math.inf, late_message: str = ""
+) -> dict[str, object]:
+    """Return the body of a request, never holding more than `max_body_bytes` of it. Of equal keys the last one counts.
+
+    Args:
+        request: Whose.
+        max_body_bytes: Most to read.
+        until_s: When the request must be answered, on the event loop's clock.
+        late_message: What to say if the body is not there by then.
 
     Raises:
         HttpError: It is too large, no JSON object, or of another kind.
@@ -64,9 +74,11 @@ async def read_json_object(request: Request, *, max_body_bytes: int) -> dict[str
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_body_bytes:
         raise HttpError.request_too_large(max_body_bytes)
-    until_s = asyncio.get_running_loop().time() + _BODY_TIMEOUT_S
+    body_until_s = asyncio.get_running_loop().time() + _BODY_TIMEOUT_S
+    if body_until_s < until_s:
+        until_s, late_message = body_until_s, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s"
     body = bytearray()
-    async with time_limit(until_s, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s"):
+    async with time_limit(until_s, late_message):
         try:
             async for part in request.stream():
                 body += part
@@ -87,10 +99,10 @@ def _check_kind(headers: Mapping[str, str]) -> None:
     kind, _, parameters = headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json":
         raise HttpError.unsupported_media_type("the body must be JSON; send it with content-type: application/json")
-    charset = parameters.replace(" ", "").replace('"', "").lower()
-    if charset not in ("", "charset=utf-8", "charset=us-ascii"):
-        raise HttpError.unsupported_media_type("the body must be in UTF-8")
-    if headers.get("content-encoding", "identity").lower() != "identity":
+    for parameter in parameters.replace(" ", "").replace('"', "").lower().split(";"):
+        if parameter.startswith("charset=") and parameter not in ("charset=utf-8", "charset=us-ascii"):
+            raise HttpError.unsupported_media_type("the body must be in UTF-8")
+    if headers.get("content-encoding", "").lower() not in ("", "identity"):
         raise HttpError.unsupported_media_type("the body must not be compressed; leave content-encoding out")
 
 
@@ -132,14 +144,23 @@ class EventStream(Response):
         chunks: Closed when the client leaves or the time is over.
         until_s: When to give up, on the event loop's clock.
         message: What to say then.
+        send_timeout_s: How long the client may read nothing before it is taken for gone.
     """
 
-    def __init__(self, chunks: AsyncGenerator[JsonObject], *, until_s: float, message: str) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[JsonObject],
+        *,
+        until_s: float,
+        message: str,
+        send_timeout_s: float = _SEND_TIMEOUT_S,
+    ) -> None:
         super().__init__(media_type=EVENT_STREAM, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
         self._until_s = until_s
         self._message = message
+        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request."""
@@ -149,7 +170,16 @@ class EventStream(Response):
         async with aclosing(self._chunks) as chunks, time_limit(self._until_s, self._message):
             first = await anext(chunks)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": encode_event(first), "more_body": True})
+            await self._send_event(send, encode_event(first))
             async for chunk in chunks:
-                await send({"type": "http.response.body", "body": encode_event(chunk), "more_body": True})
+                await self._send_event(send, encode_event(chunk))
             await send({"type": "http.response.body", "body": _DONE})
+
+    async def _send_event(self, send: Send, event: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s) as limit:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except TimeoutError:
+            if limit.expired():
+                raise ClientGoneError(f"it has read nothing for {self._send_timeout_s:g} s") from None
+            raise

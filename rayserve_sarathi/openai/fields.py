@@ -4,7 +4,8 @@ The one rule, chosen from what the official `openai` client, langchain-openai, l
 aiperf and guidellm send: a field that we implement is validated (`protocol`); a field that cannot change the answer is
 ignored; a field of OpenAI's or vLLM's that would change it, and that we do not implement, may only have the value that
 means "off"; every other field is refused with the nearest valid name, since a setting that is silently ignored (a
-misspelt `temperatur`) costs its user more than an error. `null` is "off" for every field.
+misspelt `temperatur`) costs its user more than an error. `null` is "off" for every field that is known. Of equal keys
+in one body the last one counts, as in Python and JavaScript.
 """
 
 import difflib

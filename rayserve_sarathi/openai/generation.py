@@ -68,6 +68,8 @@ async def generate_choice(engine: EngineClient, tokenizer: Tokenizer, choice: Ch
         async for output in outputs:
             delta = text.push(output)
             if delta.finish_reason is not None:
+                if output.finish_reason is None:
+                    engine.finish(choice.request_id)
                 last = delta
                 break
             yield delta

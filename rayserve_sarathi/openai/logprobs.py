@@ -38,7 +38,7 @@ def completion_logprobs(
     *,
     prompt_token_ids: Sequence[int] = (),
     prompt_logprobs: Sequence[TokenLogprobs] = (),
-    num_prompt_chars: int = 0,
+    echo: str = "",
 ) -> dict[str, object]:
     """Return the `logprobs` of a completion's choice.
 
@@ -46,11 +46,11 @@ def completion_logprobs(
         logprobs: Of the generated tokens.
         prompt_token_ids: The prompt, if it is echoed; the first token of a prompt has no log-probability.
         prompt_logprobs: Of the prompt's other tokens.
-        num_prompt_chars: Length of the echoed text.
+        echo: The prompt's text, if it is part of the choice's.
     """
     entries: list[tuple[int, TokenLogprobs | None]] = []
-    entries += zip(_prompt_offsets(tokenizer, prompt_token_ids), [None, *prompt_logprobs], strict=False)
-    entries += [(num_prompt_chars + offset, entry) for entry, offset in logprobs]
+    entries += zip(_prompt_offsets(tokenizer, prompt_token_ids, echo), [None, *prompt_logprobs], strict=False)
+    entries += [(len(echo) + offset, entry) for entry, offset in logprobs]
     token_ids = [*prompt_token_ids[:1], *(entry.token_id for _, entry in entries if entry is not None)]
     return {
         "tokens": [completion_token(tokenizer, token_id) for token_id in token_ids],
@@ -78,9 +78,12 @@ def _completion_top(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, flo
     return top
 
 
-def _prompt_offsets(tokenizer: Tokenizer, token_ids: Sequence[int]) -> Iterator[int]:
-    detokenizer = tokenizer.detokenizer()
+def _prompt_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], echo: str) -> Iterator[int]:
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
     offset = 0
     for token_id in token_ids:
         yield offset
-        offset += len(detokenizer.push(token_id))
+        text = detokenizer.push(token_id)
+        # A special token that the tokenizer put in front, or that is not shown, takes no place.
+        if not tokenizer.is_special(token_id) or echo.startswith(text, offset):
+            offset += len(text)

@@ -1,6 +1,7 @@
 """What surrounds every route: request ids, errors, API keys."""
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -46,8 +47,9 @@ class ErrorMiddleware:
             elif not exchange.is_event_stream:
                 raise
             elif not isinstance(error, ClientGoneError):
-                async with asyncio.timeout(_GOODBYE_S):
-                    await send({"type": "http.response.body", "body": encode_event(answer.body)})
+                with contextlib.suppress(TimeoutError):  # it does not read its last event either
+                    async with asyncio.timeout(_GOODBYE_S):
+                        await send({"type": "http.response.body", "body": encode_event(answer.body)})
 
 
 class _Exchange:

@@ -19,6 +19,8 @@ from rayserve_sarathi.text.tokenizer import Tokenizer
 
 _MAX_SIZE_ON_LOOP = 2000
 """So many characters take a millisecond or two to tokenise; more go to a thread."""
+_MAX_PROMPT_LOGPROBS = 2_000_000
+"""Each is about 30 bytes of an answer, and more in memory."""
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 """An odd number near 2**64 / phi: multiples of it are far apart."""
 
@@ -109,9 +111,24 @@ class RequestPlanner:
             InvalidRequestError: One has none, or one that the model does not know.
         """
         num_chars = sum(len(prompt) for prompt in prompts)
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._check_length(prompt, param="prompt")
         return await off_loop(
             num_chars, lambda: [self._tokenize(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
         )
+
+    def _check_length(self, text: str, *, param: str) -> None:
+        """Refuse what cannot fit before it is tokenised, which takes seconds and much memory for some megabytes."""
+        most_bytes = self._tokenizer.max_token_bytes
+        limit = self._model.max_model_len
+        # Normalisation (NFC, say) makes a text shorter, but never to a quarter.
+        if most_bytes is not None and len(text) > 4 * limit * most_bytes:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens. However, {len(text)} characters of text are"
+                f" more than so many tokens of at most {most_bytes} bytes hold. Please send a shorter text.",
+                param=param,
+            )
 
     def _tokenize(self, prompt: str | list[int], *, add_special_tokens: bool) -> PromptTokens:
         if isinstance(prompt, str):
@@ -127,6 +144,8 @@ class RequestPlanner:
             InvalidRequestError: The template refuses it.
         """
         num_chars = sum(len(message["content"]) for message in messages)
+        for message in messages:
+            self._check_length(message["content"], param="messages")
         token_ids = await off_loop(num_chars, lambda: self._tokenizer.encode_chat(messages, options))
         return PromptTokens(text=None, token_ids=token_ids, param="messages")
 
@@ -191,6 +210,25 @@ class RequestPlanner:
             )
             for index in range(request.num_choices)
         ]
+
+
+def check_prompt_logprobs(choices: Sequence[Choice]) -> None:
+    """Refuse an echo that would fill the memory with log-probabilities, all of which come at once.
+
+    Raises:
+        InvalidRequestError: There are too many.
+    """
+    number = sum(
+        len(choice.prompt_token_ids) * (choice.sampling.prompt_logprobs + 1)
+        for choice in choices
+        if choice.sampling.prompt_logprobs is not None
+    )
+    if number > _MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"the echo would hold {number} log-probabilities, and at most {_MAX_PROMPT_LOGPROBS} are allowed;"
+            " send fewer prompts at once, or lower logprobs or n",
+            param="logprobs",
+        )
 
 
 def _sampling(

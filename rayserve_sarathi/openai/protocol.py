@@ -3,12 +3,13 @@
 Types are strict: `true`, `"1"` and `1.0` are no integers. Which fields are ignored or refused, see `fields`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from rayserve_sarathi.errors import InvalidRequestError
+from rayserve_sarathi.openai.errors import UnsupportedParameterError
 from rayserve_sarathi.openai.fields import MESSAGE_OFF_VALUES, OFF_VALUES, keep_known_fields
 from rayserve_sarathi.request import MAX_LOGPROBS, MAX_SEED, MAX_TOKEN_ID, MIN_REPETITION_PENALTY
 from rayserve_sarathi.text.chat_template import ChatOptions
@@ -231,6 +232,8 @@ def parse_body(cls: type[_Model], body: Mapping[str, object]) -> _Model:
     off_values = OFF_VALUES
     if "echo" not in cls.model_fields:
         off_values = {**OFF_VALUES, "echo": (False,), "add_special_tokens": (False,)}
+    if "top_logprobs" not in cls.model_fields:
+        off_values = {**off_values, "top_logprobs": ()}
     fields = keep_known_fields(body, cls.model_fields, off_values=off_values)
     messages = fields.get("messages")
     if "messages" in cls.model_fields and isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
@@ -238,7 +241,7 @@ def parse_body(cls: type[_Model], body: Mapping[str, object]) -> _Model:
     try:
         return cls.model_validate(fields)
     except ValidationError as error:
-        raise _invalid_field(error) from None
+        raise _invalid_field(error, fields) from None
 
 
 def _keep_known_message_fields(place: int, message: object) -> object:
@@ -248,11 +251,24 @@ def _keep_known_message_fields(place: int, message: object) -> object:
     return keep_known_fields(message, known, ignored=(), off_values=MESSAGE_OFF_VALUES, path=f"messages.{place}.")
 
 
-def _invalid_field(error: ValidationError) -> InvalidRequestError:
+def _invalid_field(error: ValidationError, body: Mapping[str, object]) -> InvalidRequestError:
     problem = error.errors(include_url=False, include_context=False)[0]
-    path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("<"))
+    path = ".".join(_path_in(body, problem["loc"], is_missing=problem["type"] == "missing"))
+    if problem["type"] == "extra_forbidden":
+        return UnsupportedParameterError(f"unknown field {path[:100]}; leave it out", param=path)
     given = "" if problem["type"] == "missing" else f", got {_shown(problem.get('input'))}"
     return InvalidRequestError(f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}", param=path)
+
+
+def _path_in(value: object, loc: Sequence[int | str], *, is_missing: bool) -> Iterator[str]:
+    """Yield the parts of pydantic's location that lead through the body; it has others, for the types that it tried."""
+    for part in loc:
+        is_there = isinstance(value, dict) and part in value
+        if is_there or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]  # type: ignore[index]  # one of the two
+            yield str(part)
+        elif is_missing and part == loc[-1]:
+            yield str(part)
 
 
 def _shown(value: object) -> str:

@@ -1,6 +1,7 @@
 """The HTTP routes: thin around `OpenAIService`."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
@@ -25,6 +26,7 @@ from rayserve_sarathi.openai.exchange import (
     time_limit,
     until_disconnect,
 )
+from rayserve_sarathi.openai.fields import IGNORED_FIELDS, OFF_VALUES
 from rayserve_sarathi.openai.json_encoder import encode_json
 from rayserve_sarathi.openai.middleware import ApiKeyMiddleware, ErrorMiddleware
 from rayserve_sarathi.openai.model_card import ModelCard
@@ -39,8 +41,16 @@ from rayserve_sarathi.openai.service import OpenAIService
 from rayserve_sarathi.text.tokenizer import Tokenizer
 
 _HEALTH_TIMEOUT_S = 10.0
+_MANY_BYTES = 10_000
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _TOO_LATE = "the request took longer than it may; see x-request-timeout-seconds"
+_TIMEOUT_HEADER = {
+    "name": "x-request-timeout-seconds",
+    "in": "header",
+    "required": False,
+    "description": "When to give up.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
 _ERROR_STATUSES = (400, 401, 404, 408, 413, 415, 429, 500, 503)
 _BODIES: tuple[type[BaseModel], ...] = (
     ChatCompletionRequest,
@@ -85,7 +95,7 @@ def build_service_app(service: OpenAIService, config: IngressConfig) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
     app.add_middleware(ErrorMiddleware)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to change its schema
+    app.openapi = lambda: _openapi(app, config)  # type: ignore[method-assign]  # FastAPI's documented way to change its schema
     return app
 
 
@@ -128,8 +138,10 @@ class _Routes:
     async def metrics(self) -> Response:
         return Response(await self._service.engine.metrics(), media_type=_PROMETHEUS)
 
-    async def _read_body(self, request: Request) -> dict[str, object]:
-        return await read_json_object(request, max_body_bytes=self._config.max_body_bytes)
+    async def _read_body(self, request: Request, until_s: float = math.inf) -> dict[str, object]:
+        return await read_json_object(
+            request, max_body_bytes=self._config.max_body_bytes, until_s=until_s, late_message=_TOO_LATE
+        )
 
     async def _generate(
         self,
@@ -139,7 +151,7 @@ class _Routes:
     ) -> Response:
         now_s = asyncio.get_running_loop().time()
         until_s = read_deadline(request.headers, now_s=now_s, longest_s=self._config.request_timeout_s)
-        body = await self._read_body(request)
+        body = await self._read_body(request, until_s)
         tenant: str = getattr(request.state, "tenant", "")
         if body.get("stream") is True:
             return EventStream(stream(body, tenant=tenant), until_s=until_s, message=_TOO_LATE)
@@ -148,11 +160,25 @@ class _Routes:
             async with time_limit(until_s, _TOO_LATE):
                 return await answer(body, tenant=tenant)
 
-        return _json(await until_disconnect(request.receive, work()))
+        return await _json_in_turns(await until_disconnect(request.receive, work()))
 
 
 def _json(value: JsonObject) -> Response:
     return Response(encode_json(value), media_type="application/json")
+
+
+async def _json_in_turns(answer: JsonObject) -> Response:
+    """Return an answer, encoded choice by choice: a batch of echoes has 10 MB, which would hold up every stream."""
+    choices = answer["choices"]
+    assert isinstance(choices, list), type(choices)
+    parts = []
+    for choice in choices:
+        parts.append(encode_json(choice))
+        if len(parts[-1]) > _MANY_BYTES:
+            await asyncio.sleep(0)
+    # Within a string the quotes would be escaped.
+    body = encode_json({**answer, "choices": []}).replace(b'"choices":[]', b'"choices":[%b]' % b",".join(parts), 1)
+    return Response(body, media_type="application/json")
 
 
 async def _answer_routing_error(request: Request, error: Exception) -> Response:
@@ -160,13 +186,14 @@ async def _answer_routing_error(request: Request, error: Exception) -> Response:
 
 
 def _get(app: FastAPI, path: str, endpoint: Callable[..., Awaitable[Response]], answer: type[BaseModel] | None) -> None:
-    described: dict[int | str, dict[str, Any]] = {
-        status: {"model": responses.ErrorResponse} for status in (401, 404, 500, 503)
-    }
+    statuses = (401, 404, 500, 503) if "{" in path else (401, 500, 503)
+    described: dict[int | str, dict[str, Any]] = {status: {"model": responses.ErrorResponse} for status in statuses}
     described[200] = {"content": {"text/plain": {}}} if answer is None else {"model": answer}
     app.add_api_route(
         path, endpoint, methods=["GET"], response_class=Response, response_model=None, responses=described
     )
+    if "{" not in path:  # load balancers ask so
+        app.add_api_route(path, endpoint, methods=["HEAD"], response_class=Response, include_in_schema=False)
 
 
 def _post(
@@ -195,15 +222,33 @@ def _post(
     )
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, config: IngressConfig) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, bodies = models_json_schema(
             [(body, "validation") for body in _BODIES], ref_template="#/components/schemas/{model}"
         )
         schema["components"]["schemas"] |= bodies["$defs"]
-        for operations in schema["paths"].values():
+        for body in (ChatCompletionRequest, CompletionRequest):
+            _describe_fields(schema["components"]["schemas"][body.__name__]["properties"], config)
+        for path, operations in schema["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # FastAPI's own shape of errors, which is never sent
+                if path.endswith("completions"):
+                    operation["parameters"] = [_TIMEOUT_HEADER]
+        if config.api_keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _describe_fields(properties: dict[str, Any], config: IngressConfig) -> None:
+    """Add what the models do not say: fields that are not read, and the limits of this server."""
+    for name in IGNORED_FIELDS:
+        properties.setdefault(name, {"description": "Ignored."})
+    for name, values in OFF_VALUES.items():
+        properties.setdefault(name, {"description": "Not supported; may only be off.", "enum": [*values, None]})
+    properties["n"] = {
+        "anyOf": [{"type": "integer", "minimum": 1, "maximum": config.max_num_choices}, {"type": "null"}]
+    }

@@ -91,14 +91,14 @@ class OpenAIService:
             self._planner.check_model(chat.model)
             messages = [message.flatten() for message in chat.messages]
             prompt = await self._planner.tokenize_chat(messages, chat.chat_options)
-            return self._tokens(prompt.token_ids, has_strings=chat.return_token_strs is True)
+            return await self._tokens(prompt.token_ids, has_strings=chat.return_token_strs is True)
         request = parse_body(TokenizeTextRequest, body)
         self._planner.check_model(request.model)
         special = request.add_special_tokens is not False
         token_ids = await off_loop(
             len(request.prompt), lambda: self._tokenizer.encode(request.prompt, add_special_tokens=special)
         )
-        return self._tokens(token_ids, has_strings=request.return_token_strs is True)
+        return await self._tokens(token_ids, has_strings=request.return_token_strs is True)
 
     async def detokenize(self, body: Mapping[str, object]) -> JsonObject:
         """Return the text of tokens, special ones included."""
@@ -148,12 +148,15 @@ class OpenAIService:
             request, self._planner, self._tokenizer, model=self.model.name, created=int(self._clock()), tenant=tenant
         )
 
-    def _tokens(self, token_ids: list[int], *, has_strings: bool) -> JsonObject:
+    async def _tokens(self, token_ids: list[int], *, has_strings: bool) -> JsonObject:
+        def strings() -> list[str]:
+            return [completion_token(self._tokenizer, token_id) for token_id in token_ids]
+
         return {
             "count": len(token_ids),
             "max_model_len": self.model.max_model_len,
             "tokens": token_ids,
-            "token_strs": [completion_token(self._tokenizer, i) for i in token_ids] if has_strings else None,
+            "token_strs": await off_loop(len(token_ids), strings) if has_strings else None,
         }
 
 

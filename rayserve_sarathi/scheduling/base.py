@@ -119,6 +119,14 @@ class Scheduler(ABC):
         self._finish(request, FinishReason.ABORT)
         return True
 
+    def stop(self, request_id: str, now_s: float) -> bool:
+        """End a request like `abort`, but as one that is complete: whoever reads its text has found its end."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._finish(request, FinishReason.STOP, now_s)
+        return True
+
     def schedule(self, now_s: float) -> StepInput | None:
         """Make the next step, which then is in flight until `update`.
 

@@ -5,6 +5,7 @@ rendered text is then split at the markers, and the strings they stand for are e
 such a string gives exactly the tokens of the tokenizer's own `apply_chat_template`.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,7 +142,8 @@ class ChatTemplate:
         except TemplateError as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
         except (TypeError, ValueError) as error:
-            raise InvalidRequestError("the chat template cannot render these messages", param="messages") from error
+            param = "chat_template_kwargs" if variables else "messages"
+            raise InvalidRequestError("the chat template cannot render these messages", param=param) from error
         assert isinstance(text, str), type(text)
         return text
 
@@ -149,10 +151,9 @@ class ChatTemplate:
 def _unused_marker(messages: Sequence[Message], options: ChatOptions) -> str:
     texts = [message["content"] for message in messages]
     texts += [value for value in options.variables.values() if isinstance(value, str)]
-    number = 0
-    while any(f"{_MARKER_START}{number}:" in text for text in texts):
-        number += 1
-    return f"{_MARKER_START}{number}:"
+    used = {number for text in texts for number in re.findall(f"{_MARKER_START}([0-9]+):", text)}
+    free = next(number for number in itertools.count() if str(number) not in used)
+    return f"{_MARKER_START}{free}:"
 
 
 def _any_of(strings: set[str]) -> re.Pattern[str]:

@@ -94,6 +94,15 @@ class Tokenizer:
         """Whether `encode_chat` can be used."""
         return self._chat_template is not None
 
+    @property
+    def max_token_bytes(self) -> int | None:
+        """Bytes of the longest token, where a text has as many bytes as its tokens; None if it may have others."""
+        return None if self._token_bytes is None else max(map(len, self._token_bytes.table))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token stands for no text of its own."""
+        return token_id in self._special_ids
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a text.
 

@@ -47,6 +47,8 @@ class ScriptedEngine:
     num_open: int = 0
     """Requests that the engine still works for."""
     num_aborted: int = 0
+    finished: list[str] = field(default_factory=list)
+    """Requests that the reader ended."""
     is_hanging: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -58,6 +60,9 @@ class ScriptedEngine:
     async def check_ready(self) -> None:
         if self.ready_error is not None:
             raise self.ready_error
+
+    def finish(self, request_id: str) -> None:
+        self.finished.append(request_id)
 
     async def metrics(self) -> str:
         return "sarathi_num_requests_running 0\n"
@@ -85,7 +90,7 @@ class ScriptedEngine:
                 is_complete = output.finish_reason is not None
                 yield output
         finally:
-            self.num_aborted += not is_complete
+            self.num_aborted += not is_complete and request_id not in self.finished
             self._count_open(-1)
 
     async def wait_for_open(self, number: int) -> None:

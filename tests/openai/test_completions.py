@@ -208,6 +208,38 @@ async def test_an_echo_with_logprobs_is_what_lm_eval_reads(make_api, tokenizer):
         assert top == {token: -0.5}
 
 
+async def test_offsets_of_an_echo_count_special_tokens_where_they_are_shown(make_api, tokenizer):
+    api = make_api("..")
+    body = {"echo": True, "logprobs": 0, "max_tokens": 1}
+    text = await api.service.completions({**body, "prompt": "a<|im_end|>b"})
+    token_ids = tokenizer.encode("a<|im_end|>b")
+    hidden = await api.service.completions({**body, "prompt": token_ids})
+    shown = await api.service.completions({**body, "prompt": token_ids, "skip_special_tokens": False})
+
+    # The first token is the <s> that the tokenizer puts in front, which the client did not write.
+    assert text["choices"][0]["text"] == "a<|im_end|>b."
+    assert text["choices"][0]["logprobs"]["text_offset"] == [0, 0, 1, 11, 12]
+    assert hidden["choices"][0]["text"] == "ab."
+    assert hidden["choices"][0]["logprobs"]["text_offset"] == [0, 0, 1, 1, 2]
+    assert shown["choices"][0]["text"] == "<s>a<|im_end|>b."
+    assert shown["choices"][0]["logprobs"]["text_offset"] == [0, 3, 4, 14, 15]
+
+
+async def test_an_echo_of_too_many_logprobs_is_refused_before_it_is_computed(make_api):
+    api = make_api(max_model_len=4000)
+    body = {"prompt": [[1] * 3000] * 40, "echo": True, "logprobs": 20, "max_tokens": 1}
+    with pytest.raises(InvalidRequestError, match=r"2520000 log-probabilities, and at most 2000000"):
+        await api.service.completions(body)
+    assert not api.engine.asked
+
+
+async def test_a_text_that_cannot_fit_is_refused_without_tokenising_it(make_api, tokenizer, monkeypatch):
+    api = make_api()
+    monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: pytest.fail("it was tokenised"))
+    with pytest.raises(ContextLengthError, match="maximum context length is 64 tokens"):
+        await api.service.completions({"prompt": "x" * 1_000_000})
+
+
 async def test_an_echo_alone_needs_no_token(make_api):
     answer = await make_api().service.completions({"prompt": "hello", "echo": True, "max_tokens": 0, "logprobs": 0})
 

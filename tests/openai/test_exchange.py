@@ -3,10 +3,13 @@
 import asyncio
 import gzip
 import json
+import math
 
 import pytest
 
 from rayserve_sarathi.config import IngressConfig
+from rayserve_sarathi.openai.errors import ClientGoneError
+from rayserve_sarathi.openai.exchange import EventStream
 from tests.openai.asgi_call import AsgiCall, call
 from tests.openai.scripted_engine import TIMEOUT_S
 
@@ -132,6 +135,45 @@ async def test_a_reader_that_stops_reading_holds_up_nobody_and_ends_with_its_dea
         await api.engine.wait_for_open(0)
 
     assert api.engine.num_aborted == 1
+
+
+async def test_a_client_that_reads_nothing_for_long_is_gone():
+    async def chunks():
+        try:
+            while True:
+                yield {"choices": []}
+        finally:
+            closed.set()
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    closed = asyncio.Event()
+    stream = EventStream(chunks(), until_s=math.inf, message="late", send_timeout_s=0.05)
+    with pytest.raises(ClientGoneError, match=r"read nothing for 0\.05 s"):
+        await stream({"type": "http"}, receive, send)
+    assert closed.is_set()
+
+
+async def test_the_clients_deadline_holds_for_the_body_too(make_api):
+    async def receive():
+        await asyncio.Event().wait()
+
+    headers = [(b"content-type", b"application/json"), (b"x-request-timeout-seconds", b"0.05")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async with asyncio.timeout(TIMEOUT_S):
+        await make_api().app(scope, receive, send)
+
+    assert sent[0]["status"] == 408
 
 
 def timeout(timeout_s: object) -> dict[str, str]:

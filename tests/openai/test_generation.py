@@ -15,6 +15,10 @@ class FixedEngine:
     def __init__(self, *outputs):
         self.outputs = outputs
         self.is_open = False
+        self.finished = []
+
+    def finish(self, request_id):
+        self.finished.append(request_id)
 
     async def generate(self, request_id, prompt_token_ids, sampling, *, cache_salt=""):
         self.is_open = True
@@ -37,6 +41,7 @@ async def test_an_engine_is_let_go_before_the_last_delta_is_handed_out(tokenizer
 
         assert (delta.text, delta.finish_reason, delta.num_tokens) == ("a", FinishReason.STOP, 2)
         assert not engine.is_open
+        assert engine.finished == ["r"]
 
 
 async def test_an_output_that_ends_without_a_reason_is_a_fault(tokenizer):

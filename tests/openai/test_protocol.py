@@ -1,7 +1,7 @@
 import pytest
 
 from rayserve_sarathi.errors import InvalidRequestError
-from rayserve_sarathi.openai.errors import UnsupportedParameterError
+from rayserve_sarathi.openai.errors import UnsupportedParameterError, describe
 from rayserve_sarathi.openai.protocol import (
     MAX_STOP_CHARS,
     MAX_STOPS,
@@ -182,6 +182,20 @@ def test_a_message_with_a_field_that_we_do_not_do_is_refused(field):
     with pytest.raises(UnsupportedParameterError) as caught:
         parse_body(ChatCompletionRequest, {"messages": [{"role": "assistant", "content": "a", field: [1]}]})
     assert caught.value.param == f"messages.0.{field}"
+
+
+def test_the_path_of_a_wrong_value_has_only_what_the_client_wrote():
+    long = "x" * 1000
+    for body, param in (
+        ({"prompt": "a", "logit_bias": {"abc": 1}}, "logit_bias.abc"),
+        ({"prompt": "a", "logit_bias": {long: 1}}, f"logit_bias.{long}"),
+        ({"prompt": "a", "stream_options": {"foo": 1}}, "stream_options.foo"),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            parse_body(CompletionRequest, body)
+        assert caught.value.param == param
+    assert len(describe(caught.value).body["error"]["param"]) <= 200
+    assert isinstance(caught.value, UnsupportedParameterError)
 
 
 def test_null_is_the_same_as_leaving_a_field_out():

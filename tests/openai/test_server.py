@@ -2,7 +2,9 @@
 
 import pytest
 
+from rayserve_sarathi.config import IngressConfig
 from rayserve_sarathi.errors import EngineDeadError, OverloadedError
+from rayserve_sarathi.openai.fields import IGNORED_FIELDS, OFF_VALUES
 from rayserve_sarathi.openai.protocol import CompletionRequest
 from tests.openai.asgi_call import call, get
 
@@ -139,11 +141,27 @@ async def test_the_schema_names_every_route_field_and_error(make_api):
         "/metrics",
     }
     completion = schema["components"]["schemas"]["CompletionRequest"]
-    assert set(completion["properties"]) == set(CompletionRequest.model_fields)
+    assert set(completion["properties"]) == {*CompletionRequest.model_fields, *IGNORED_FIELDS, *OFF_VALUES}
     assert completion["additionalProperties"] is False
+    assert completion["properties"]["best_of"]["enum"] == [1, None]
+    assert completion["properties"]["n"]["anyOf"][0]["maximum"] == 16
     statuses = schema["paths"]["/v1/completions"]["post"]["responses"]
     assert {"200", "400", "401", "404", "408", "413", "415", "429", "500", "503"} <= set(statuses)
     assert "422" not in statuses
+
+
+async def test_the_schema_says_that_a_key_is_needed(make_api):
+    open_schema = (await get(make_api().app, "/openapi.json")).json()
+    api = make_api(config=IngressConfig(api_keys=("secret",)))
+    schema = (await get(api.app, "/openapi.json", headers={"authorization": "Bearer secret"})).json()
+
+    assert "security" not in open_schema
+    assert schema["security"] == [{"key": []}]
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/v1/models", "/metrics"])
+async def test_a_load_balancer_may_ask_by_head(make_api, path):
+    assert (await call(make_api().app, path, b"", method="HEAD")).status == 200
 
 
 async def test_the_schemas_references_all_lead_somewhere(make_api):

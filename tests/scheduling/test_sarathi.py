@@ -254,6 +254,22 @@ def test_a_request_that_fails_by_itself_takes_no_other_with_it():
     driver.scheduler.check_integrity()
 
 
+def test_a_request_whose_reader_found_its_end_counts_as_stopped():
+    driver = make_driver(token_budget=8)
+    driver.add(make_request("a", prompt=4, max_tokens=20))
+    driver.submit()
+    driver.land()
+    driver.submit()
+
+    assert driver.scheduler.stop("a", 2.0)
+    assert not driver.scheduler.stop("a", 2.0)
+    driver.land()
+    metrics = driver.scheduler.metrics
+    assert metrics.num_finished == {FinishReason.STOP: 1}
+    assert metrics.e2e_request_latency_s.count == 1
+    assert driver.scheduler.state().kv_cache_usage == 0
+
+
 def test_a_new_request_leaves_the_watermark_free_unless_it_is_alone():
     driver = make_driver(num_blocks=10, block_size=2, watermark=0.3, token_budget=64)
     driver.add(make_request("first", prompt=15, max_tokens=4))

@@ -56,6 +56,13 @@ def test_markers_cannot_be_forged(tokenizer: Tokenizer):
     assert count(token_ids, "<|im_end|>") == 1
 
 
+def test_many_forged_markers_cost_no_more_than_other_text(tokenizer: Tokenizer):
+    # With a search for each number, these took minutes of a core.
+    content = "".join(f"\ue000{number}:" for number in range(200_000))
+
+    assert tokenizer.encode_chat([user(content)], ChatOptions())
+
+
 def test_variables_reach_the_template(tokenizer: Tokenizer):
     token_ids = tokenizer.encode_chat([user("hi")], ChatOptions(variables={"thinking": True}))
 

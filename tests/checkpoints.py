@@ -1,15 +1,19 @@
 """Tiny checkpoints with random weights, written by transformers itself, so that it is the judge of ours."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -18,19 +22,18 @@ from transformers import (
 )
 
 VOCAB_SIZE = 97
-_SHAPE = {
+_COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
-    "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
     "eos_token_id": 2,
     # Larger than is usual, so that the logits depend on everything.
     "initializer_range": 0.3,
 }
+_LLAMA = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+_FALCON = {**_COMMON, "ffn_hidden_size": 48, "layer_norm_epsilon": 1e-3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,7 @@ class Family:
     config: Any
     model: type[PreTrainedModel]
     settings: dict[str, Any]
+    shape: dict[str, Any] = field(default_factory=lambda: _LLAMA)
 
 
 _LLAMA3 = {
@@ -81,6 +85,13 @@ FAMILIES = {
     "mistral-head-dim": Family(
         config=MistralConfig, model=MistralForCausalLM, settings={"sliding_window": None, "head_dim": 12}
     ),
+    "mixtral": Family(config=MixtralConfig, model=MixtralForCausalLM, settings={"num_local_experts": 4}),
+    # More experts than a step has tokens, and one for each.
+    "mixtral-window": Family(
+        config=MixtralConfig,
+        model=MixtralForCausalLM,
+        settings={"num_local_experts": 50, "num_experts_per_tok": 1, "sliding_window": 6},
+    ),
     "qwen2": Family(config=Qwen2Config, model=Qwen2ForCausalLM, settings={}),
     "qwen2-window": Family(
         config=Qwen2Config,
@@ -89,6 +100,32 @@ FAMILIES = {
     ),
     "qwen2-yarn": Family(config=Qwen2Config, model=Qwen2ForCausalLM, settings={"rope_parameters": _YARN}),
     "qwen3": Family(config=Qwen3Config, model=Qwen3ForCausalLM, settings={"head_dim": 16}),
+    "falcon-7b": Family(config=FalconConfig, model=FalconForCausalLM, shape=_FALCON, settings={}),
+    "falcon-7b-biases": Family(config=FalconConfig, model=FalconForCausalLM, shape=_FALCON, settings={"bias": True}),
+    "falcon-40b": Family(
+        config=FalconConfig,
+        model=FalconForCausalLM,
+        shape=_FALCON,
+        settings={"new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon2-11b": Family(
+        config=FalconConfig,
+        model=FalconForCausalLM,
+        shape=_FALCON,
+        settings={
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000042.0},
+        },
+    ),
+    "falcon-sequential": Family(
+        config=FalconConfig,
+        model=FalconForCausalLM,
+        shape=_FALCON,
+        settings={"parallel_attn": False, "multi_query": False, "bias": True},
+    ),
 }
 
 
@@ -96,11 +133,11 @@ def save_checkpoint(folder: Path, family: str, *, seed: int = 0, **settings: Any
     """Write a checkpoint and return transformers' model of it, in float32."""
     torch.manual_seed(seed)
     chosen = FAMILIES[family]
-    model = chosen.model(chosen.config(**{**_SHAPE, **chosen.settings, **settings})).eval()
+    model = chosen.model(chosen.config(**{**chosen.shape, **chosen.settings, **settings})).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             # Transformers starts norms at 1 and biases at 0, where mixing them up would not show.
-            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3)
+            torch.nn.init.normal_(parameter, mean=float(name.endswith(".weight")), std=0.3)
     model.save_pretrained(folder)
     return model
 

@@ -1,14 +1,18 @@
 """The transport without Ray: all stages in this process, for offline use, tests, and CPUs with few cores."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in torch's __all__
 
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError
 from rayserve_sarathi.execution.stage import Stage, StageMessage
+from rayserve_sarathi.models.load import resolve_device
+from rayserve_sarathi.models.parallel import join
 from rayserve_sarathi.step import StepInput, StepOutput
 
 
@@ -17,41 +21,71 @@ def make_inline_pipeline(config: EngineConfig, *, num_threads: int | None = None
 
     Args:
         config: The engine's.
-        num_threads: Threads of torch in this process; None leaves them as they are.
+        num_threads: Threads of torch in this process, over all ranks of a stage; None leaves them as they are.
 
     Returns:
         The pipeline, and the number of KV blocks of each stage.
 
     Raises:
-        ConfigError: The weights are not to be had, or leave no room.
+        ConfigError: The weights are not to be had, or leave no room, or cannot be split as asked for.
     """
+    tp_size = config.tensor_parallel_size
+    device = resolve_device(config)
+    config = replace(config, transport="inline", device="cuda" if device.type == "cuda" else "cpu")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    stages = [Stage(config, index=index) for index in range(config.pipeline_parallel_size)]
-    for stage in stages:
-        stage.load()
-    num_blocks = min(stage.fit() for stage in stages)
-    for stage in stages:
-        stage.start(num_blocks)
-    return InlinePipeline(stages, step_timeout_s=config.step_timeout_s), num_blocks
+    store = HashStore()
+
+    def load(tp_rank: int) -> list[Stage]:
+        tp = join(
+            store,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            meeting_timeout_s=config.placement_timeout_s,
+            timeout_s=config.step_timeout_s,
+            device=device,
+        )
+        stages = [Stage(config, index=index, tp=tp) for index in range(config.pipeline_parallel_size)]
+        for stage in stages:
+            stage.load()
+        return stages
+
+    # Ranks wait for each other, so each has a thread.
+    with ThreadPoolExecutor(max_workers=tp_size) as threads:
+        ranks = list(threads.map(load, range(tp_size)))
+    num_blocks = min(stage.fit() for stages in ranks for stage in stages)
+    for stages in ranks:
+        for stage in stages:
+            stage.start(num_blocks)
+    return InlinePipeline(ranks, step_timeout_s=config.step_timeout_s), num_blocks
 
 
 class InlinePipeline:
-    """Stages of this process, on one worker thread.
+    """Stages of this process, each tensor-parallel rank of them on a worker thread.
 
     Args:
-        stages: First to last, started.
+        ranks: For each rank its stages, first to last, started.
         step_timeout_s: A step that takes longer means that the pipeline is dead.
     """
 
-    def __init__(self, stages: Sequence[Stage], *, step_timeout_s: float) -> None:
-        self._stages = stages
+    def __init__(self, ranks: Sequence[Sequence[Stage]], *, step_timeout_s: float) -> None:
+        self._ranks = ranks
         self._step_timeout_s = step_timeout_s
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stages")
+        # The first thread runs rank 0 and has the others run theirs, so that a step begins on all ranks or on none.
+        share = max(1, torch.get_num_threads() // len(ranks))
+        self._thread, *self._others = (
+            ThreadPoolExecutor(
+                max_workers=1,
+                thread_name_prefix=f"rank-{tp_rank}",
+                initializer=torch.set_num_threads,
+                initargs=(share,),
+            )
+            for tp_rank in range(len(ranks))
+        )
         self._inside: asyncio.Queue[Future[StepOutput]] = asyncio.Queue()
 
     async def submit(self, step: StepInput) -> None:
-        """Queue the step for the worker thread."""
+        """Queue the step for the worker threads."""
         self._inside.put_nowait(self._thread.submit(self._run, step))
 
     async def receive(self) -> StepOutput:
@@ -62,17 +96,38 @@ class InlinePipeline:
         except TimeoutError:
             raise EngineDeadError(f"a step took longer than step_timeout_s={self._step_timeout_s}") from None
 
+    async def rebuild(self, broken: Collection[int]) -> None:
+        """Raise: the stages share this process, with whatever broke them."""
+        raise EngineDeadError("stages inside this process cannot be replaced")
+
     async def check_health(self) -> None:
-        """Return: a thread of this process is as alive as the caller."""
+        """Return: threads of this process are as alive as the caller."""
 
     async def close(self) -> None:
-        """Let the worker thread end after the step that it is in."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Let the worker threads end after the step that they are in."""
+        while not self._inside.empty():
+            self._inside.get_nowait().cancel()
+        self._thread.submit(self._close_others)
+        self._thread.shutdown(wait=False)
 
     def _run(self, step: StepInput) -> StepOutput:
-        message = self._stages[0].execute_first(step)
-        for stage in self._stages[1:]:
-            assert isinstance(message, StageMessage)
-            message = stage.execute(message)
-        assert isinstance(message, StepOutput)
-        return message
+        others = [
+            thread.submit(_run_stages, stages, step)
+            for thread, stages in zip(self._others, self._ranks[1:], strict=True)
+        ]
+        output = _run_stages(self._ranks[0], step)
+        faults = [fault for fault in (output.fault, *(other.result().fault for other in others)) if fault is not None]
+        return replace(output, fault=min(faults, key=lambda fault: fault.is_consequence, default=None))
+
+    def _close_others(self) -> None:
+        for thread in self._others:
+            thread.shutdown(wait=False)
+
+
+def _run_stages(stages: Sequence[Stage], step: StepInput) -> StepOutput:
+    message = stages[0].execute_first(step)
+    for stage in stages[1:]:
+        assert isinstance(message, StageMessage)
+        message = stage.execute(message)
+    assert isinstance(message, StepOutput)
+    return message

@@ -1,4 +1,4 @@
-"""How many KV blocks a stage has room for, and their allocation."""
+"""How many KV blocks a stage, or a rank of it, has room for, and their allocation."""
 
 import logging
 import math
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import ConfigError
+from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.resolve import ModelInfo
+from rayserve_sarathi.models.shard import Shard
 
 _MIB = 1024 * 1024
 
@@ -18,28 +20,21 @@ _logger = logging.getLogger(__name__)
 
 
 def fit_num_blocks(config: EngineConfig, info: ModelInfo, decoder: Decoder) -> int:
-    """Return how many KV blocks this stage has room for; a pipeline uses the least over its stages.
+    """Return how many KV blocks this rank of a stage has room for; a pipeline uses the least over all of them.
 
     Call it once the weights are on the device, as what they leave is what counts.
+
+    Args:
+        config: The engine's, with a `device` that is not `auto`.
+        info: Of the model.
+        decoder: The rank's.
 
     Raises:
         ConfigError: A request of `max_model_len` tokens would not fit.
     """
     block_bytes = kv_block_bytes(decoder, config.block_size)
-    if config.num_gpu_blocks_override is not None:
-        num_blocks, setting = config.num_gpu_blocks_override, "num_gpu_blocks_override"
-    elif config.kv_cache_memory_bytes is not None:
-        num_blocks, setting = config.kv_cache_memory_bytes // block_bytes, "kv_cache_memory_bytes"
-    elif decoder.device.type == "cuda":
-        # Inline stages share the GPU.
-        num_stages = config.pipeline_parallel_size if config.transport == "inline" else 1
-        num_blocks, setting = _free_gpu_bytes(config, decoder) // num_stages // block_bytes, "gpu_memory_utilization"
-    else:
-        wanted = config.scheduler.max_num_seqs * -(-info.max_model_len // config.block_size)
-        # Stages of a CPU deployment mostly share a machine, so its quarter is for all of them.
-        room = free_memory_bytes() // (4 * config.pipeline_parallel_size) // block_bytes
-        num_blocks, setting = min(wanted, room), "kv_cache_memory_bytes"
-
+    free_bytes = _free_gpu_bytes(config, decoder) if config.device == "cuda" else free_memory_bytes()
+    num_blocks, setting = choose_num_blocks(config, info, block_bytes=block_bytes, free_bytes=free_bytes)
     needed = -(-info.max_model_len // config.block_size)
     if num_blocks < needed:
         enough = f"{needed}" if setting == "num_gpu_blocks_override" else f"{needed * block_bytes} bytes"
@@ -48,13 +43,39 @@ def fit_num_blocks(config: EngineConfig, info: ModelInfo, decoder: Decoder) -> i
             f" {max(0, num_blocks) * block_bytes / _MIB:.1f} MiB), but max_model_len is {info.max_model_len};"
             f" lower max_model_len, or raise {setting} until {enough} are there"
         )
-    wanted_bytes = num_blocks * block_bytes
-    if decoder.device.type == "cpu" and wanted_bytes > (free := free_memory_bytes()):
+    # The ranks of a stage share a machine, and inline all stages do.
+    num_layers = info.decoder.num_hidden_layers if config.transport == "inline" else len(decoder.layers)
+    bytes_here = num_blocks * block_bytes // len(decoder.layers) * num_layers * config.tensor_parallel_size
+    if config.device == "cpu" and bytes_here > free_bytes:
         raise ConfigError(
-            f"{setting} asks for {wanted_bytes / _MIB:.0f} MiB of KV cache ({num_blocks} blocks of"
-            f" {block_bytes / _MIB:.3f} MiB), but {free / _MIB:.0f} MiB of memory are free; lower it"
+            f"{setting} asks for {bytes_here / _MIB:.0f} MiB of KV cache over the ranks of this machine ({num_blocks}"
+            f" blocks of {block_bytes / _MIB:.3f} MiB in this one), but {free_bytes / _MIB:.0f} MiB of memory are free;"
+            " lower it"
         )
     return num_blocks
+
+
+def choose_num_blocks(config: EngineConfig, info: ModelInfo, *, block_bytes: int, free_bytes: int) -> tuple[int, str]:
+    """Return how many KV blocks a rank gets, and the setting that limits them.
+
+    Args:
+        config: The engine's, with a `device` that is not `auto`.
+        info: Of the model.
+        block_bytes: Of a block, in all layers of the rank's stage.
+        free_bytes: What weights and activations leave of the rank's GPU or machine; less than 0 if not even they fit.
+    """
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override, "num_gpu_blocks_override"
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes // block_bytes, "kv_cache_memory_bytes"
+    if config.device == "cuda":
+        # Inline stages share the GPU.
+        num_stages = config.pipeline_parallel_size if config.transport == "inline" else 1
+        return free_bytes // num_stages // block_bytes, "gpu_memory_utilization"
+    wanted = config.scheduler.max_num_seqs * -(-info.max_model_len // config.block_size)
+    # Stages of a CPU deployment mostly share a machine, so its quarter is for all of them.
+    num_ranks = config.pipeline_parallel_size * config.tensor_parallel_size
+    return min(wanted, free_bytes // (4 * num_ranks) // block_bytes), "kv_cache_memory_bytes"
 
 
 def kv_block_bytes(decoder: Decoder, block_size: int) -> int:
@@ -104,22 +125,26 @@ def _pool_shape(decoder: Decoder, num_blocks: int, block_size: int) -> tuple[int
     return decoder.backend.kv_cache_shape(
         num_blocks=num_blocks,
         block_size=block_size,
-        num_kv_heads=decoder.config.num_key_value_heads,
+        num_kv_heads=len(decoder.shard.kv_heads),
         head_size=decoder.config.head_dim,
     )
 
 
+def activation_bytes(config: EngineConfig, shape: DecoderConfig, shard: Shard, *, itemsize: int, is_last: bool) -> int:
+    """Estimate the most that a step needs beside weights and KV: one layer's tensors, and the sampler's."""
+    num_tokens = max(config.scheduler.token_budget, config.scheduler.max_num_seqs)
+    heads = len(shard.heads) + len(shard.kv_heads)
+    layer = 4 * shape.hidden_size + 4 * heads * shape.head_dim + 4 * len(shard.intermediate)
+    # Logits, weights, kept weights and their float64 sums at once.
+    sampler = 6 * config.scheduler.max_num_seqs * shape.vocab_size * 4 if is_last else 0
+    # What goes into the chosen experts and what comes out, by expert, by token, and in float32 times its weight.
+    experts = shape.num_experts_per_tok * shape.hidden_size * (3 * itemsize + 4) if shape.mlp == "experts" else 0
+    return num_tokens * (layer * itemsize + experts) + sampler
+
+
 def _free_gpu_bytes(config: EngineConfig, decoder: Decoder) -> int:
     free, total = torch.cuda.mem_get_info(decoder.device)
-    return int(total * config.gpu_memory_utilization) - (total - free) - _activation_bytes(config, decoder)
-
-
-def _activation_bytes(config: EngineConfig, decoder: Decoder) -> int:
-    """Estimate the most that a step needs beside weights and KV: one layer's tensors, and the sampler's."""
-    shape = decoder.config
-    num_tokens = max(config.scheduler.token_budget, config.scheduler.max_num_seqs)
-    heads = shape.num_attention_heads + shape.num_key_value_heads
-    layer = 4 * shape.hidden_size + 4 * heads * shape.head_dim + 4 * shape.intermediate_size
-    # Logits, weights, kept weights and their float64 sums at once.
-    sampler = 6 * config.scheduler.max_num_seqs * shape.vocab_size * 4 if decoder.is_last else 0
-    return num_tokens * layer * decoder.dtype.itemsize + sampler
+    activations = activation_bytes(
+        config, decoder.config, decoder.shard, itemsize=decoder.dtype.itemsize, is_last=decoder.is_last
+    )
+    return int(total * config.gpu_memory_utilization) - (total - free) - activations

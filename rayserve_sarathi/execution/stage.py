@@ -1,19 +1,22 @@
-"""One stage at work: what it holds, what it receives, and what it makes of a step."""
+"""One stage at work, or a rank of it: what it holds, what it receives, and what it makes of a step."""
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from rayserve_sarathi.config import EngineConfig
+from rayserve_sarathi.errors import EngineDeadError
 from rayserve_sarathi.execution.kv_cache import fit_num_blocks
 from rayserve_sarathi.execution.model_runner import ModelRunner
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
+from rayserve_sarathi.models.parallel import SINGLE_RANK, TensorParallel
 from rayserve_sarathi.models.resolve import resolve_model
-from rayserve_sarathi.step import StageTiming, StepInput, StepOutput
+from rayserve_sarathi.step import StageTiming, StepFault, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -26,30 +29,48 @@ class StageMessage:
         step: The step, as the scheduler made it.
         hidden: Activations, [T, hidden size]; None on the way to the first stage, and after an error.
         timings: One entry for each stage that is done.
-        error: Why a stage could not compute the step; those behind it pass it on.
+        fault: Why a stage could not compute the step; those behind it pass it on.
     """
 
     step: StepInput
     hidden: torch.Tensor | None = None
     timings: tuple[StageTiming, ...] = ()
-    error: str | None = None
+    fault: StepFault | None = None
 
 
 class Stage:
-    """Weights, KV cache and kernels of one stage; it knows steps, not requests.
+    """Weights, KV cache and kernels of one stage, or of a rank of it; it knows steps, not requests.
 
     `load`, `fit` and `start` come before the first step: all stages agree on the size of their KV caches.
+    All ranks of a stage get the same steps in the same order; hidden states are the same on all of them, so a rank
+    sends its own to the same rank of the next stage. Of the last stage only rank 0's outputs hold tokens.
 
     Args:
         config: The engine's.
         index: Which stage, from 0.
+        tp: Which of its `tensor_parallel_size` ranks, and the way to the others.
+        on_leave: Called each time that a fault has made this rank leave the others; None where they notice it.
     """
 
-    def __init__(self, config: EngineConfig, *, index: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        index: int,
+        tp: TensorParallel = SINGLE_RANK,
+        on_leave: Callable[[], None] | None = None,
+    ) -> None:
         self._config = config
         self._index = index
+        self._tp = tp
+        self._on_leave = on_leave
         self._decoder: Decoder | None = None
         self._runner: ModelRunner | None = None
+
+    @property
+    def index(self) -> int:
+        """Which stage, from 0."""
+        return self._index
 
     def load(self) -> None:
         """Load the weights.
@@ -57,7 +78,7 @@ class Stage:
         Raises:
             ConfigError: They are not to be had.
         """
-        self._decoder = load_decoder(self._config, resolve_model(self._config), stage=self._index)
+        self._decoder = load_decoder(self._config, resolve_model(self._config), stage=self._index, tp=self._tp)
 
     def fit(self) -> int:
         """Return how many KV blocks there is room for, once all stages of this machine are loaded.
@@ -77,32 +98,61 @@ class Stage:
         """Compute the first stage's part of a step."""
         return self.execute(StageMessage(step=step))
 
-    def execute(self, message: StageMessage) -> StageMessage | StepOutput:
-        """Compute this stage's part of a step; an exception becomes the error of this step and of no other."""
+    def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+        """Compute this stage's part of a step; an exception becomes the fault of this step.
+
+        It is the fault of no other step, but where ranks share the stage: the others may wait for what this one did
+        not send, so it leaves them, which fails the step for all, and the stage must be replaced. So it does with such
+        a fault of a stage before, as its peers may have got the step whole.
+
+        Args:
+            message: The step, and what the stages before made of it.
+            receive_s: When the message had arrived; None for now.
+        """
         runner = self._runner
         assert runner is not None, "start comes before the first step"
-        receive_s = time.monotonic()
-        step, error = message.step, message.error
+        receive_s = time.monotonic() if receive_s is None else receive_s
+        step, fault = message.step, message.fault
         hidden: torch.Tensor | None = None
         output: StepOutput | None = None
         start_s = time.monotonic()
-        if error is None:
+        if fault is None:
+            has_peers_waiting = self._tp.tp_size > 1
             try:
                 hidden = runner.forward(step, message.hidden)
-                output = runner.sample(step, hidden) if runner.is_last else None
+                if runner.is_last:
+                    logits = runner.logits(step, hidden)
+                    has_peers_waiting = False
+                    output = runner.sample(step, logits)
             except Exception as exception:  # the outermost frame of a stage: whatever it is, it fails this step alone
-                logger.exception(
-                    "stage %d failed in step %d of requests %s", self._index, step.step_id, step.request_ids
-                )
-                error = f"stage {self._index} failed with {type(exception).__name__}"
+                fault = self._make_fault(step, exception, is_stage_broken=has_peers_waiting)
+        if fault is not None and fault.is_stage_broken and self._tp.tp_size > 1:
+            self._tp.close()
+            if self._on_leave is not None:
+                self._on_leave()
         timings = (
             *message.timings,
             StageTiming(stage=self._index, receive_s=receive_s, start_s=start_s, end_s=time.monotonic()),
         )
         if not runner.is_last:
-            return StageMessage(step=step, hidden=hidden, timings=timings, error=error)
+            return StageMessage(step=step, hidden=hidden, timings=timings, fault=fault)
         if output is None:
             output = StepOutput(
-                step_id=step.step_id, epoch=step.epoch, token_ids=np.empty(0, dtype=np.int32), error=error
+                step_id=step.step_id, epoch=step.epoch, token_ids=np.empty(0, dtype=np.int32), fault=fault
             )
         return replace(output, timings=timings)
+
+    def _make_fault(self, step: StepInput, exception: Exception, *, is_stage_broken: bool) -> StepFault:
+        """Log an exception; return what the scheduler is told."""
+        rank = f"stage {self._index}, rank {self._tp.tp_rank}"
+        logger.error("%s failed in step %d of requests %s", rank, step.step_id, step.request_ids, exc_info=exception)
+        if isinstance(exception, EngineDeadError):
+            what = f"{rank} lost another rank of its stage; the logs of the other ranks say why"
+        else:
+            what = f"{rank if self._tp.tp_size > 1 else f'stage {self._index}'} failed with {type(exception).__name__}"
+        return StepFault(
+            message=what,
+            stage=self._index,
+            is_stage_broken=is_stage_broken,
+            is_consequence=isinstance(exception, EngineDeadError),
+        )

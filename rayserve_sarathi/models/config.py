@@ -1,18 +1,9 @@
-"""A decoder's shape, parsed from the `config.json` of a Hugging Face checkpoint."""
+"""A decoder's shape, and which of its layers a stage has."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rayserve_sarathi.errors import ConfigError
-from rayserve_sarathi.models.hf_config import HfConfig
-
-_DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,19 +45,48 @@ class RotaryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightNames:
-    """What a family calls the tensors that families disagree about."""
+    """What a family calls its tensors, less the `.weight` or `.bias` at the end.
 
+    Args:
+        layers: What stands before a layer's number; the names below are what stands after it.
+        input_norm: Before attention.
+        mlp_norm: Before the MLP.
+        qkv: Three tensors; or one that holds, for each KV head, its query heads, its key and its value.
+        up: Into the MLP: gate and up, or up alone where there is no gate. With experts, after an expert's number.
+        down: Out of it; likewise.
+        router: What chooses experts.
+        experts: What stands before an expert's number.
+    """
+
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    layers: str = "model.layers"
     input_norm: str = "input_layernorm"
-    post_attention_norm: str = "post_attention_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    qkv: tuple[str, str, str] | tuple[str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    o: str = "self_attn.o_proj"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """Everything the shared decoder needs to know. Names are those of Hugging Face configs.
+    """Everything the shared decoder needs to know. Names are those of Hugging Face configs where all families have one.
 
     Args:
-        sliding_windows: Of each layer; None sees everything.
+        norm: `layer_norm` has a bias.
+        layout: Whether the MLP comes after attention or beside it.
+        has_mlp_norm: Whether the MLP has a norm of its own; beside attention it may share attention's.
+        mlp: `gated` is silu(gate) * up, `gelu` has no gate, `experts` are several gated ones.
+        num_local_experts: How many; 1 but for `experts`.
+        num_experts_per_tok: How many of them a token goes through.
         max_model_len: Most tokens that the positions were made for, scaling included.
+        sliding_windows: Of each layer; None sees everything.
         dtype: That of the checkpoint.
     """
 
@@ -77,12 +97,18 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
+    norm_eps: float
     max_model_len: int
     rotary: RotaryConfig
     tie_word_embeddings: bool
     sliding_windows: tuple[int | None, ...]
     dtype: Literal["float32", "bfloat16", "float16"]
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    layout: Literal["sequential", "parallel"] = "sequential"
+    has_mlp_norm: bool = True
+    mlp: Literal["gated", "gelu", "experts"] = "gated"
+    num_local_experts: int = 1
+    num_experts_per_tok: int = 1
     has_qkv_bias: bool = False
     has_o_bias: bool = False
     has_mlp_bias: bool = False
@@ -97,79 +123,13 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ConfigError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be at most"
+                f" num_local_experts={self.num_local_experts}"
+            )
+        assert self.has_mlp_norm or self.layout == "parallel", "what follows attention needs a norm"
         assert len(self.sliding_windows) == self.num_hidden_layers, (self.sliding_windows, self.num_hidden_layers)
-
-
-def parse_decoder(
-    hf: HfConfig,
-    *,
-    sliding_windows: Sequence[int | None] | None = None,
-    has_qkv_bias: bool = False,
-    has_o_bias: bool = False,
-    has_mlp_bias: bool = False,
-    has_qk_norm: bool = False,
-    weight_names: WeightNames | None = None,
-    default_head_dim: int | None = None,
-) -> DecoderConfig:
-    """Parse what all families share; a family passes what is its own.
-
-    Args:
-        hf: The checkpoint's config.
-        sliding_windows: Of each layer; None for no windows at all.
-        has_qkv_bias: See `DecoderConfig`, as for the other flags.
-        weight_names: None for Llama's.
-        default_head_dim: When the config has none; None divides `hidden_size` by the heads.
-
-    Raises:
-        ConfigError: A key is missing or malformed, or asks for something that is not built in.
-    """
-    if "quantization_config" in hf:
-        raise hf.error("quantized checkpoints are not supported; use the float16 or bfloat16 original")
-    if (activation := hf.string("hidden_act", "silu")) != "silu":
-        raise hf.error(f"hidden_act {activation!r} is not supported; only silu is")
-    num_layers = hf.integer("num_hidden_layers")
-    num_heads = hf.integer("num_attention_heads")
-    hidden_size = hf.integer("hidden_size")
-    if default_head_dim is None and "head_dim" not in hf and hidden_size % num_heads:
-        raise hf.error(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}; set head_dim")
-    rotary = _parse_rotary(hf)
-    return DecoderConfig(
-        vocab_size=hf.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=hf.integer("intermediate_size"),
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=hf.integer("num_key_value_heads", num_heads),
-        head_dim=hf.integer("head_dim", default_head_dim or hidden_size // num_heads),
-        rms_norm_eps=hf.number("rms_norm_eps", 1e-6),
-        max_model_len=_max_model_len(hf.integer("max_position_embeddings"), rotary),
-        rotary=rotary,
-        tie_word_embeddings=hf.boolean("tie_word_embeddings", default=False),
-        sliding_windows=tuple(sliding_windows or (None,) * num_layers),
-        dtype=_parse_dtype(hf),
-        has_qkv_bias=has_qkv_bias,
-        has_o_bias=has_o_bias,
-        has_mlp_bias=has_mlp_bias,
-        has_qk_norm=has_qk_norm,
-        weight_names=weight_names or WeightNames(),
-    )
-
-
-def parse_layer_types(hf: HfConfig, window: int) -> list[int | None] | None:
-    """Return each layer's window as `layer_types` says, or None if the config has no such list.
-
-    Raises:
-        ConfigError: It names other types, or not as many as there are layers.
-    """
-    num_layers = hf.integer("num_hidden_layers")
-    if not (layer_types := hf.strings("layer_types")):
-        return None
-    if len(layer_types) != num_layers or not set(layer_types) <= {"full_attention", "sliding_attention"}:
-        raise hf.error(
-            f"layer_types must name full_attention or sliding_attention for each of {num_layers} layers,"
-            f" got {list(layer_types)}"
-        )
-    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
@@ -186,67 +146,3 @@ def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
     share, rest = divmod(num_layers, num_stages)
     first = stage * share + min(stage, rest)
     return range(first, first + share + (stage < rest))
-
-
-def _parse_dtype(hf: HfConfig) -> Literal["float32", "bfloat16", "float16"]:
-    # transformers 5 says dtype, 4 torch_dtype; a checkpoint that says neither is float32, as in torch.
-    name = hf.string("dtype", hf.string("torch_dtype", "float32")).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise hf.error(f"dtype {name!r} is not supported; use one of {sorted(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _parse_rotary(hf: HfConfig) -> RotaryConfig:
-    # transformers 5 keeps all of it under rope_parameters; 4 has rope_theta beside rope_scaling.
-    rope = hf.section("rope_parameters") if "rope_parameters" in hf else hf.section("rope_scaling")
-    theta = rope.number("rope_theta", hf.number("rope_theta", 10000.0))
-    if rope.number("partial_rotary_factor", hf.number("partial_rotary_factor", 1.0)) != 1:
-        raise hf.error("partial_rotary_factor other than 1 is not supported")
-    original_len = rope.integer("original_max_position_embeddings", hf.integer("max_position_embeddings"))
-    match rope_type := rope.string("rope_type", rope.string("type", "default")):
-        case "default":
-            return RotaryConfig(theta=theta)
-        case "linear":
-            return RotaryConfig(theta=theta, scaling=LinearScaling(factor=rope.number("factor")))
-        case "llama3":
-            scaling = Llama3Scaling(
-                factor=rope.number("factor"),
-                low_freq_factor=rope.number("low_freq_factor"),
-                high_freq_factor=rope.number("high_freq_factor"),
-                original_len=original_len,
-            )
-            if scaling.high_freq_factor <= scaling.low_freq_factor:
-                raise rope.error("high_freq_factor must be greater than low_freq_factor")
-            return RotaryConfig(theta=theta, scaling=scaling)
-        case "yarn":
-            return RotaryConfig(theta=theta, scaling=_parse_yarn(rope, original_len))
-    raise rope.error(f"rope_type {rope_type!r} is not supported; use one of ['default', 'linear', 'llama3', 'yarn']")
-
-
-def _parse_yarn(rope: HfConfig, original_len: int) -> YarnScaling:
-    factor = rope.number("factor")
-
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    attention_factor = magnitude(1.0)
-    if "mscale" in rope and "mscale_all_dim" in rope:
-        attention_factor = magnitude(rope.number("mscale")) / magnitude(rope.number("mscale_all_dim"))
-    return YarnScaling(
-        factor=factor,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        original_len=original_len,
-        truncate=rope.boolean("truncate", default=True),
-        attention_factor=rope.number("attention_factor", attention_factor),
-    )
-
-
-def _max_model_len(max_position_embeddings: int, rotary: RotaryConfig) -> int:
-    match rotary.scaling:
-        case LinearScaling(factor=factor):
-            return int(max_position_embeddings * factor)
-        case YarnScaling(factor=factor, original_len=original_len):
-            # Checkpoints give the length before or after scaling here; it is never less than the one after.
-            return max(max_position_embeddings, int(original_len * factor))
-    return max_position_embeddings

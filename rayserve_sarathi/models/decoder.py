@@ -1,4 +1,4 @@
-"""The decoder that all families share, or a stage of it: layers [first, last), embedding and head at the ends.
+"""The decoder that all families share, or a rank of a stage of it: some layers, embedding and head at the ends.
 
 Dimensions: T tokens in the step; D hidden size; V vocabulary; n rows whose logits are wanted.
 """
@@ -6,24 +6,29 @@ Dimensions: T tokens in the step; D hidden size; V vocabulary; n rows whose logi
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
-from rayserve_sarathi.kernels.linear import Linear
-from rayserve_sarathi.kernels.rms_norm import rms_norm
 from rayserve_sarathi.models.config import DecoderConfig
-from rayserve_sarathi.models.layers import DecoderLayer, RotaryEmbedding, Weights
+from rayserve_sarathi.models.layers import take_layer
+from rayserve_sarathi.models.norm import take_norm
+from rayserve_sarathi.models.parallel import TensorParallel
+from rayserve_sarathi.models.parameters import Weights
+from rayserve_sarathi.models.rotary import RotaryEmbedding
+from rayserve_sarathi.models.shard import Shard
+from rayserve_sarathi.models.vocabulary import Embedding, Head
 
 
 class Decoder:
-    """One stage of a decoder.
+    """One stage of a decoder, or a rank's part of its layers. All ranks make the same calls in the same order.
 
     Args:
         config: Of the whole model.
         weights: Those of `stage_parameters`; emptied here.
         layers: The stage's layers.
+        shard: The rank's part of each.
+        tp: The way to the other ranks.
         backend: How to attend; it owns the layout of the KV cache.
         device: Where the weights are.
         dtype: What they are.
@@ -35,23 +40,30 @@ class Decoder:
         weights: Weights,
         *,
         layers: range,
+        shard: Shard,
+        tp: TensorParallel,
         backend: AttentionBackend,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.config = config
         self.layers = layers
+        self.shard = shard
+        self.tp = tp
         self.backend = backend
         self.device = device
         self.dtype = dtype
-        self._rotary = RotaryEmbedding(config, device=device)
-        self._layers = [DecoderLayer(config, weights, layer=layer, backend=backend) for layer in layers]
+        self._rotary = RotaryEmbedding(config.rotary, head_size=config.head_dim, device=device)
+        self._layers = [
+            take_layer(config, weights, layer=layer, shard=shard, tp=tp, backend=backend) for layer in layers
+        ]
         if self.is_last:
-            self._norm = weights.pop("norm")
+            self._norm = take_norm(config, weights, "norm")
             # Tied embeddings: a single stage has no head of its own.
-            self._head = Linear(weights.pop("head") if "head" in weights else weights["embedding"])
+            head = weights.pop("head") if "head" in weights else weights["embedding"]
+            self._head = Head(head, vocab_size=config.vocab_size, tp=tp)
         if self.is_first:
-            self._embedding = weights.pop("embedding")
+            self._embedding = Embedding(weights.pop("embedding"), first=shard.vocab.start, tp=tp)
         assert not weights, f"weights that no layer took: {sorted(weights)}"
 
     @property
@@ -67,7 +79,7 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the hidden states, [T, D], of token ids, [T] int64. First stage only."""
         assert self.is_first, self.layers
-        return F.embedding(token_ids, self._embedding)
+        return self._embedding(token_ids)
 
     def forward(
         self, hidden: Tensor, metadata: AttentionMetadata, kv_caches: Sequence[tuple[Tensor, Tensor]]
@@ -90,4 +102,4 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, [n, V] float32, of hidden states of the last layer, [n, D]. Last stage only."""
         assert self.is_last, self.layers
-        return self._head(rms_norm(hidden, self._norm, eps=self.config.rms_norm_eps)).float()
+        return self._head(self._norm(hidden)).float()

@@ -1,7 +1,8 @@
 """Typed reading of a checkpoint's JSON files, with errors that name the file and the key."""
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rayserve_sarathi.errors import ConfigError
@@ -18,8 +19,10 @@ class HfConfig:
     def __init__(self, values: Mapping[str, object], *, source: str) -> None:
         self._values = values
         self._source = source
+        self._asked_for: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
+        self._asked_for.add(key)
         return self._values.get(key) is not None
 
     def error(self, problem: str) -> ConfigError:
@@ -71,6 +74,7 @@ class HfConfig:
 
     def is_null(self, key: str) -> bool:
         """Whether the key is there and says null."""
+        self._asked_for.add(key)
         return key in self._values and self._values[key] is None
 
     def section(self, key: str) -> "HfConfig":
@@ -84,7 +88,26 @@ class HfConfig:
         """Return every key; the values must be texts."""
         return {key: self.string(key, "") for key in self._values}
 
+    def overridden(self, overrides: Mapping[str, object]) -> "HfConfig":
+        """Return a copy in which keys have other values."""
+        source = f"{self._source} with hf_overrides" if overrides else self._source
+        return HfConfig({**self._values, **overrides}, source=source)
+
+    def check_known(self, keys: Iterable[str], known: "HfConfig") -> None:
+        """Return if each of `keys` was asked for by now, or is one of `known`'s own.
+
+        Raises:
+            ConfigError: One was not, so that it changes nothing; the message names the nearest that would.
+        """
+        would_do = self._asked_for | known._values.keys()
+        for key in keys:
+            if key not in would_do:
+                nearest = difflib.get_close_matches(key, would_do, n=1, cutoff=0.5)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"use one of {sorted(would_do)}"
+                raise ConfigError(f"hf_overrides.{key} is nothing that {known._source} or its family knows; {hint}")
+
     def _value(self, key: str, default: object) -> object:
+        self._asked_for.add(key)
         value = self._values.get(key)
         if value is not None:
             return value

@@ -1,125 +1,25 @@
-"""The two halves of a decoder layer: attention and MLP.
+"""A decoder layer: attention and MLP behind norms and beside a residual, in one of two layouts.
 
-Dimensions: T tokens in the step; N query and K KV heads; H head size; D hidden size.
+Dimensions: T tokens in the step; D hidden size.
 """
 
-import torch
+from typing import Protocol
+
 from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
-from rayserve_sarathi.kernels.linear import Linear
-from rayserve_sarathi.kernels.rms_norm import add_rms_norm, rms_norm
-from rayserve_sarathi.kernels.rotary import (
-    apply_rotary,
-    inverse_frequencies,
-    rotary_cos_sin,
-    scale_llama3,
-    scale_yarn,
-)
-from rayserve_sarathi.kernels.silu_mul import silu_mul
-from rayserve_sarathi.models.config import DecoderConfig, LinearScaling, Llama3Scaling, YarnScaling
-
-Weights = dict[str, Tensor]
-"""Our names of parameters -> tensors. Layers take theirs out, so that a packed weight's original is freed at once."""
+from rayserve_sarathi.models.attention import Attention
+from rayserve_sarathi.models.config import DecoderConfig
+from rayserve_sarathi.models.mlp import take_mlp
+from rayserve_sarathi.models.norm import take_norm
+from rayserve_sarathi.models.parallel import TensorParallel
+from rayserve_sarathi.models.parameters import Weights
+from rayserve_sarathi.models.shard import Shard
 
 
-class RotaryEmbedding:
-    """Angles by position, as the checkpoint scales them."""
-
-    def __init__(self, config: DecoderConfig, *, device: torch.device) -> None:
-        theta = config.rotary.theta
-        frequencies = inverse_frequencies(config.head_dim, theta=theta)
-        self._attention_factor = 1.0
-        match config.rotary.scaling:
-            case LinearScaling(factor=factor):
-                frequencies = frequencies / factor
-            case Llama3Scaling() as llama3:
-                frequencies = scale_llama3(
-                    frequencies,
-                    factor=llama3.factor,
-                    low_freq_factor=llama3.low_freq_factor,
-                    high_freq_factor=llama3.high_freq_factor,
-                    original_len=llama3.original_len,
-                )
-            case YarnScaling() as yarn:
-                frequencies = scale_yarn(
-                    frequencies,
-                    theta=theta,
-                    factor=yarn.factor,
-                    beta_fast=yarn.beta_fast,
-                    beta_slow=yarn.beta_slow,
-                    original_len=yarn.original_len,
-                    truncate=yarn.truncate,
-                )
-                self._attention_factor = yarn.attention_factor
-        self._frequencies = frequencies.to(device)
-
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine, [T, 1, H / 2] float32 each, at positions, [T] int64."""
-        return rotary_cos_sin(positions, self._frequencies, attention_factor=self._attention_factor)
-
-
-class Attention:
-    """Causal self-attention of one layer over the paged KV cache."""
-
-    def __init__(self, config: DecoderConfig, weights: Weights, *, layer: int, backend: AttentionBackend) -> None:
-        prefix = f"layers.{layer}."
-        self._num_heads = config.num_attention_heads
-        self._num_kv_heads = config.num_key_value_heads
-        self._head_size = config.head_dim
-        self._eps = config.rms_norm_eps
-        self._sliding_window = config.sliding_windows[layer]
-        self._backend = backend
-        self._qkv = Linear(weights.pop(f"{prefix}qkv"), weights.pop(f"{prefix}qkv_bias", None))
-        self._o = Linear(weights.pop(f"{prefix}o"), weights.pop(f"{prefix}o_bias", None))
-        self._qk_norms = (
-            (weights.pop(f"{prefix}q_norm"), weights.pop(f"{prefix}k_norm")) if config.has_qk_norm else None
-        )
-
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        """Attend from x, [T, D], and return [T, D]; the new keys and values are stored in the caches."""
-        num_rotated = self._num_heads + self._num_kv_heads
-        qkv = self._qkv(x).view(len(x), -1, self._head_size)
-        if self._qk_norms is not None:
-            q_norm, k_norm = self._qk_norms
-            qkv[:, : self._num_heads] = rms_norm(qkv[:, : self._num_heads], q_norm, eps=self._eps)
-            qkv[:, self._num_heads : num_rotated] = rms_norm(
-                qkv[:, self._num_heads : num_rotated], k_norm, eps=self._eps
-            )
-        qk = apply_rotary(qkv[:, :num_rotated], cos, sin)
-        self._backend.write_kv(qk[:, self._num_heads :], qkv[:, num_rotated:], k_cache, v_cache, metadata=metadata)
-        out = self._backend.attention(
-            qk[:, : self._num_heads],
-            k_cache,
-            v_cache,
-            metadata=metadata,
-            scale=self._head_size**-0.5,
-            sliding_window=self._sliding_window,
-        )
-        return self._o(out.flatten(1))
-
-
-class DecoderLayer:
-    """Attention and gated MLP, each behind a norm and beside a residual."""
-
-    def __init__(self, config: DecoderConfig, weights: Weights, *, layer: int, backend: AttentionBackend) -> None:
-        prefix = f"layers.{layer}."
-        self._eps = config.rms_norm_eps
-        self._input_norm = weights.pop(f"{prefix}input_norm")
-        self._attention = Attention(config, weights, layer=layer, backend=backend)
-        self._post_attention_norm = weights.pop(f"{prefix}post_attention_norm")
-        self._gate_up = Linear(weights.pop(f"{prefix}gate_up"), weights.pop(f"{prefix}gate_up_bias", None))
-        self._down = Linear(weights.pop(f"{prefix}down"), weights.pop(f"{prefix}down_bias", None))
+class Layer(Protocol):
+    """A decoder layer."""
 
     def __call__(
         self,
@@ -131,8 +31,95 @@ class DecoderLayer:
         v_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """Return the layer's output, [T, D], for hidden states, [T, D]."""
-        x = rms_norm(hidden, self._input_norm, eps=self._eps)
+        """Return the layer's output, [T, D], for hidden states, [T, D]; both are the same on all ranks."""
+
+
+class SequentialLayer:
+    """Attention, then the MLP on what it gave."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: Weights,
+        *,
+        layer: int,
+        shard: Shard,
+        tp: TensorParallel,
+        backend: AttentionBackend,
+    ) -> None:
+        prefix = f"layers.{layer}."
+        self._tp = tp
+        self._input_norm = take_norm(config, weights, f"{prefix}input_norm")
+        self._attention = Attention(config, weights, layer=layer, shard=shard, backend=backend)
+        self._mlp_norm = take_norm(config, weights, f"{prefix}mlp_norm")
+        self._mlp = take_mlp(config, weights, prefix)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        *,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """See `Layer`."""
+        x = self._input_norm(hidden)
         x = self._attention(x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata)
-        x, hidden = add_rms_norm(x, hidden, self._post_attention_norm, eps=self._eps)
-        return hidden + self._down(silu_mul(self._gate_up(x)))
+        x, hidden = self._mlp_norm.add(self._tp.all_reduce(x), hidden)
+        return hidden + self._tp.all_reduce(self._mlp(x))
+
+
+class ParallelLayer:
+    """Attention and MLP side by side (Wang and Komatsuzaki, 2021); ranks sum both at once."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: Weights,
+        *,
+        layer: int,
+        shard: Shard,
+        tp: TensorParallel,
+        backend: AttentionBackend,
+    ) -> None:
+        prefix = f"layers.{layer}."
+        self._tp = tp
+        self._input_norm = take_norm(config, weights, f"{prefix}input_norm")
+        self._attention = Attention(config, weights, layer=layer, shard=shard, backend=backend)
+        self._mlp_norm = take_norm(config, weights, f"{prefix}mlp_norm") if config.has_mlp_norm else None
+        self._mlp = take_mlp(config, weights, prefix)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        *,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """See `Layer`."""
+        x = self._input_norm(hidden)
+        mlp = self._mlp(x if self._mlp_norm is None else self._mlp_norm(hidden))
+        attention = self._attention(x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata)
+        return hidden + self._tp.all_reduce(attention + mlp)
+
+
+def take_layer(
+    config: DecoderConfig,
+    weights: Weights,
+    *,
+    layer: int,
+    shard: Shard,
+    tp: TensorParallel,
+    backend: AttentionBackend,
+) -> Layer:
+    """Take a layer out of the weights."""
+    kinds: dict[str, type[SequentialLayer] | type[ParallelLayer]] = {
+        "sequential": SequentialLayer,
+        "parallel": ParallelLayer,
+    }
+    return kinds[config.layout](config, weights, layer=layer, shard=shard, tp=tp, backend=backend)

@@ -1,7 +1,8 @@
 """Llama 2 and 3, and what was published in their form: Yi, Vicuna, TinyLlama and others (Touvron et al., 2023)."""
 
-from rayserve_sarathi.models.config import DecoderConfig, parse_decoder
+from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.hf_config import HfConfig
+from rayserve_sarathi.models.parse import parse_decoder
 
 
 def parse_llama(hf: HfConfig) -> DecoderConfig:

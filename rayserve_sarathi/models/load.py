@@ -1,4 +1,4 @@
-"""Load one stage of a model onto its device."""
+"""Load one stage of a model, or a rank's part of it, onto its device."""
 
 import logging
 import time
@@ -12,40 +12,49 @@ from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.models.config import DecoderConfig, stage_layers
 from rayserve_sarathi.models.decoder import Decoder
-from rayserve_sarathi.models.layers import Weights
-from rayserve_sarathi.models.parameters import HEAD, stage_parameters
+from rayserve_sarathi.models.parallel import SINGLE_RANK, TensorParallel
+from rayserve_sarathi.models.parameters import Weights, stage_parameters
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_folder
+from rayserve_sarathi.models.shard import Shard, shard_of
 from rayserve_sarathi.models.weights import dummy_weights, has_tensor, load_weights
 from rayserve_sarathi.registry import load
 
 _logger = logging.getLogger(__name__)
 
 
-def load_decoder(config: EngineConfig, info: ModelInfo, *, stage: int) -> Decoder:
+def load_decoder(config: EngineConfig, info: ModelInfo, *, stage: int, tp: TensorParallel = SINGLE_RANK) -> Decoder:
     """Read the weights of a stage, fetching them if the model is a hub id, and build it.
 
     Args:
         config: Of the engine.
         info: Of the model, by `resolve_model(config)`.
         stage: Which of `config.pipeline_parallel_size` stages.
+        tp: Which of `config.tensor_parallel_size` ranks, and the way to the others.
 
     Raises:
-        ConfigError: The weights are incomplete or damaged, or this machine lacks the device.
+        ConfigError: The weights are incomplete or damaged, or this machine lacks the device, or the model cannot be
+            split over so many stages or ranks.
     """
+    assert tp.tp_size == config.tensor_parallel_size, (tp.tp_size, config.tensor_parallel_size)
     device = resolve_device(config)
     dtype = resolve_dtype(config, info.decoder, device)
     layers = stage_layers(info.decoder.num_hidden_layers, config.pipeline_parallel_size, stage)
+    shard = shard_of(info.decoder, tp_rank=tp.tp_rank, tp_size=tp.tp_size)
     name = "torch" if config.attention_backend == "auto" else config.attention_backend
     backend: AttentionBackend = load("attention backend", name, ATTENTION_BACKENDS)()
 
     start_s = time.perf_counter()
     with torch.inference_mode():
-        weights = _stage_weights(config, info.decoder, layers, dtype=dtype, device=device)
+        weights = _stage_weights(config, info.decoder, layers, shard, dtype=dtype, device=device)
         loaded_s = time.perf_counter()
-        decoder = Decoder(info.decoder, weights, layers=layers, backend=backend, device=device, dtype=dtype)
+        decoder = Decoder(
+            info.decoder, weights, layers=layers, shard=shard, tp=tp, backend=backend, device=device, dtype=dtype
+        )
     _logger.info(
-        "stage %d: layers %d to %d of %s in %s on %s, read in %.1f s, laid out in %.1f s",
+        "stage %d, rank %d of %d: layers %d to %d of %s in %s on %s, read in %.1f s, laid out in %.1f s",
         stage,
+        tp.tp_rank,
+        tp.tp_size,
         layers.start,
         layers.stop - 1,
         config.model,
@@ -78,15 +87,21 @@ def resolve_dtype(config: EngineConfig, decoder: DecoderConfig, device: torch.de
 
 
 def _stage_weights(
-    config: EngineConfig, decoder: DecoderConfig, layers: range, *, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    decoder: DecoderConfig,
+    layers: range,
+    shard: Shard,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Weights:
     if config.load_format == "dummy":
-        return dummy_weights(stage_parameters(decoder, layers), seed=config.seed, dtype=dtype, device=device)
+        return dummy_weights(stage_parameters(decoder, layers, shard), seed=config.seed, dtype=dtype, device=device)
     root = resolve_folder(config.model, config.revision, with_weights=True)
-    if decoder.tie_word_embeddings and has_tensor(root, HEAD):
+    if decoder.tie_word_embeddings and has_tensor(root, f"{decoder.weight_names.head}.weight"):
         # As in transformers: a head of its own counts for more than the flag.
         decoder = replace(decoder, tie_word_embeddings=False)
-    parameters = stage_parameters(decoder, layers)
+    parameters = stage_parameters(decoder, layers, shard)
     return load_weights(root, parameters, known_names=_KnownNames(decoder), dtype=dtype, device=device)
 
 
@@ -94,8 +109,10 @@ class _KnownNames:
     """The tensors that a checkpoint of this shape may hold."""
 
     def __init__(self, decoder: DecoderConfig) -> None:
-        everything = stage_parameters(decoder, range(decoder.num_hidden_layers))
-        self._names = {spec.name for specs in everything.values() for spec in specs} | {HEAD}
+        everything = stage_parameters(decoder, range(decoder.num_hidden_layers), shard_of(decoder))
+        self._names = {part.name for parameter in everything.values() for part in parameter.parts}
+        # Some checkpoints with tied embeddings hold them twice.
+        self._names.add(f"{decoder.weight_names.head}.weight")
 
     def __contains__(self, name: object) -> bool:
         # Old checkpoints hold the rotary frequencies, which follow from the config.

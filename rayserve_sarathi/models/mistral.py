@@ -1,7 +1,8 @@
 """Mistral: Llama with a sliding window in its first versions (Jiang et al., 2023)."""
 
-from rayserve_sarathi.models.config import DecoderConfig, parse_decoder, parse_layer_types
+from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.hf_config import HfConfig
+from rayserve_sarathi.models.parse import parse_decoder, parse_layer_types
 
 
 def parse_mistral(hf: HfConfig) -> DecoderConfig:

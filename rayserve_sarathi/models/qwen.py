@@ -1,7 +1,8 @@
 """Qwen 2, 2.5 and 3: Llama with a sliding window in some layers; 2 has biases, 3 norms of queries and keys."""
 
-from rayserve_sarathi.models.config import DecoderConfig, parse_decoder, parse_layer_types
+from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.hf_config import HfConfig
+from rayserve_sarathi.models.parse import parse_decoder, parse_layer_types
 
 
 def parse_qwen2(hf: HfConfig) -> DecoderConfig:

@@ -12,9 +12,11 @@ from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.models import MODELS
 from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.hf_config import HfConfig, read_json
+from rayserve_sarathi.models.shard import shard_of
 from rayserve_sarathi.registry import load
 
 TINY_MODEL = "sarathi-tiny"
+_TINY_FOLDER = Path(__file__).parent / "tiny"
 
 _DESCRIPTION_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _WEIGHT_FILES = [*_DESCRIPTION_FILES, "*.safetensors"]
@@ -51,24 +53,34 @@ def resolve_model(config: EngineConfig) -> ModelInfo:
     """Find the model's folder, fetching its small files if it is a hub id, and parse its config.
 
     Raises:
-        ConfigError: There is no such model, it is of no known architecture, or `max_model_len` exceeds its limit.
+        ConfigError: There is no such model, it is of no known architecture, `max_model_len` exceeds its limit, it
+            cannot be split over `tensor_parallel_size` ranks, or `hf_overrides` has a key that changes nothing.
     """
     root = resolve_folder(config.model, config.revision)
-    hf = read_json(root / "config.json")
+    file = read_json(root / "config.json")
+    hf = file.overridden(config.hf_overrides)
     architecture, decoder = parse_architecture(hf)
+    shard_of(decoder, tp_size=config.tensor_parallel_size)
     max_model_len = config.max_model_len or decoder.max_model_len
     if max_model_len > decoder.max_model_len:
         raise ConfigError(
             f"max_model_len={max_model_len} exceeds the {decoder.max_model_len} positions of {config.model};"
             f" use at most {decoder.max_model_len}"
         )
+    eos_token_ids = _eos_token_ids(hf, root / "generation_config.json", decoder.vocab_size)
+    hf.check_known(config.hf_overrides, file)
     return ModelInfo(
         root=root,
         architecture=architecture,
         decoder=decoder,
         max_model_len=max_model_len,
-        eos_token_ids=_eos_token_ids(hf, root / "generation_config.json", decoder.vocab_size),
+        eos_token_ids=eos_token_ids,
     )
+
+
+def find_tokenizer(config: EngineConfig, info: ModelInfo) -> str:
+    """Return the local folder or hub id of the tokenizer."""
+    return str(_TINY_FOLDER) if config.tokenizer == TINY_MODEL else config.tokenizer or str(info.root)
 
 
 def parse_architecture(hf: HfConfig) -> tuple[str, DecoderConfig]:
@@ -92,7 +104,7 @@ def resolve_folder(model: str, revision: str | None, *, with_weights: bool = Fal
         ConfigError: There is no such folder, or the hub does not have it.
     """
     if model == TINY_MODEL:
-        return Path(__file__).parent / "tiny"
+        return _TINY_FOLDER
     try:
         folder = Path(model).expanduser()
         is_folder = folder.is_dir()

@@ -1,4 +1,4 @@
-"""Read the tensors of a stage from safetensors files, one at a time, or make them up.
+"""Read a rank's part of the tensors of a stage from safetensors files, one at a time, or make them up.
 
 Nothing else is ever read: `.bin` and `.pt` files are pickles, which may run code.
 """
@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.models.hf_config import read_json
-from rayserve_sarathi.models.layers import Weights
-from rayserve_sarathi.models.parameters import Parameters
+from rayserve_sarathi.models.parameters import Parameters, TensorPart, Weights
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# A checkpoint tensor's parts, and where each goes.
+_Targets = list[tuple[TensorPart, Tensor]]
 _CONVERT_HINT = (
     "convert it: transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
     " writes safetensors"
@@ -33,7 +34,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Weights:
-    """Read a stage's parameters. Beside them, one tensor of the checkpoint is in memory at a time.
+    """Read a stage's parameters. Beside them, one part of a checkpoint tensor is in memory at a time.
 
     Args:
         root: Folder of the checkpoint.
@@ -53,46 +54,60 @@ def load_weights(
             f"{file_of[name]}: tensor {name} (and {len(unknown) - 1} more) has no place in this architecture;"
             " check that config.json belongs to these weights"
         )
-    weights, slices = _allocate(parameters, dtype=dtype, device=device)
-    for name in slices:
+    weights, targets = _allocate(parameters, dtype=dtype, device=device)
+    for name in targets:
         if name not in file_of:
             raise ConfigError(f"{root}: no file has tensor {name}; check that config.json belongs to these weights")
 
     by_file: dict[Path, list[str]] = {}
-    for name in slices:
+    for name in targets:
         by_file.setdefault(file_of[name], []).append(name)
-    with tqdm(total=len(slices), desc="loading weights", unit="tensor") as progress:
+    with tqdm(total=len(targets), desc="loading weights", unit="tensor") as progress:
         for file, names in by_file.items():
-            _read_file(file, {name: slices[name] for name in names}, progress.update)
+            _read_file(file, {name: targets[name] for name in names}, progress.update)
     return weights
 
 
 def dummy_weights(parameters: Parameters, *, seed: int, dtype: torch.dtype, device: torch.device) -> Weights:
     """Make up a stage's parameters: norms are 1, the rest normal numbers from (seed, tensor name) alone.
 
-    So a model has equal weights however it is split into stages.
+    So a model has equal weights however it is split into stages and ranks: each makes up whole tensors, one at a time,
+    and keeps its part.
     """
-    weights, slices = _allocate(parameters, dtype=dtype, device=device)
-    for name, target in slices.items():
-        if target.dim() == 1 and name.endswith(".weight"):
-            target.fill_(1)
-            continue
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        target.normal_(generator=generator).mul_(target.shape[-1] ** -0.5)
+    weights, targets = _allocate(parameters, dtype=dtype, device=device)
+    for name, parts in targets.items():
+        shape = parts[0][0].shape
+        if len(shape) == 1 and name.endswith(".weight"):
+            whole = torch.ones(shape, dtype=dtype, device=device)
+        else:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            whole = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+            whole.mul_(shape[-1] ** -0.5)
+        for part, target in parts:
+            target.copy_(whole[_slices(part)])
     return weights
 
 
-def _allocate(parameters: Parameters, *, dtype: torch.dtype, device: torch.device) -> tuple[Weights, dict[str, Tensor]]:
-    """Return empty parameters, and the slice of one that each checkpoint tensor belongs to."""
+def _allocate(
+    parameters: Parameters, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Weights, dict[str, _Targets]]:
+    """Return empty parameters, and by name of each checkpoint tensor the slices of them where its parts belong."""
     weights: Weights = {}
-    slices: dict[str, Tensor] = {}
-    for parameter, specs in parameters.items():
-        rows = [spec.shape[0] for spec in specs]
-        weights[parameter] = torch.empty((sum(rows), *specs[0].shape[1:]), dtype=dtype, device=device)
-        parts = torch.split(weights[parameter], rows)
-        slices.update((spec.name, part) for spec, part in zip(specs, parts, strict=True))
-    return weights, slices
+    targets: dict[str, _Targets] = {}
+    for name, parameter in parameters.items():
+        rows = [len(part.box[0]) for part in parameter.parts] + [parameter.num_padding_rows]
+        shape = (sum(rows), *map(len, parameter.parts[0].box[1:]))
+        weights[name] = torch.empty(shape, dtype=dtype, device=device)
+        *slices, padding = torch.split(weights[name], rows)
+        padding.zero_()
+        for part, target in zip(parameter.parts, slices, strict=True):
+            targets.setdefault(part.name, []).append((part, target))
+    return weights, targets
+
+
+def _slices(part: TensorPart) -> tuple[slice, ...]:
+    return tuple(slice(side.start, side.stop) for side in part.box)
 
 
 def has_tensor(root: Path, name: str) -> bool:
@@ -139,18 +154,24 @@ def _weight_files(root: Path) -> list[Path]:
     )
 
 
-def _read_file(file: Path, targets: Mapping[str, Tensor], advance: Callable[[], object]) -> None:
+def _read_file(file: Path, targets: Mapping[str, _Targets], advance: Callable[[], object]) -> None:
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name, target in targets.items():
-                shape, kind = tuple(tensors.get_slice(name).get_shape()), tensors.get_slice(name).get_dtype()
-                if shape != tuple(target.shape):
+            for name, parts in targets.items():
+                tensor = tensors.get_slice(name)
+                shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+                expected = parts[0][0].shape
+                if shape != expected:
                     raise ConfigError(
-                        f"{file}: tensor {name} has shape {list(shape)}, but config.json asks for {list(target.shape)}"
+                        f"{file}: tensor {name} has shape {list(shape)}, but config.json asks for {list(expected)}"
                     )
                 if kind not in ("F32", "F16", "BF16"):
                     raise ConfigError(f"{file}: tensor {name} is {kind}; use a float32, float16 or bfloat16 checkpoint")
-                target.copy_(tensors.get_tensor(name))
+                for part, target in parts:
+                    if part.is_whole:
+                        target.copy_(tensors.get_tensor(name))
+                    elif target.numel():
+                        target.copy_(tensor[_slices(part)])
                 advance()
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{file} is damaged or incomplete: {error}; download it again") from None

@@ -76,7 +76,7 @@ def test_dummy_weights_do_not_depend_on_the_number_of_stages(folder: Path) -> No
 def test_a_step_that_samples_nothing_returns_no_tokens(folder: Path) -> None:
     output = Stages(folder).run(make_step(Chunk(token_ids=PROMPT, block_ids=[0]), step_id=4))
 
-    assert (output.step_id, output.epoch, len(output.token_ids), output.error) == (4, 0, 0, None)
+    assert (output.step_id, output.epoch, len(output.token_ids), output.fault) == (4, 0, 0, None)
 
 
 def test_only_sampling_requests_get_tokens(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from rayserve_sarathi.kernels.layer_norm import layer_norm
 from rayserve_sarathi.kernels.rms_norm import add_rms_norm, rms_norm
 from rayserve_sarathi.kernels.rotary import apply_rotary, inverse_frequencies, rotary_cos_sin
 from rayserve_sarathi.kernels.silu_mul import silu_mul
@@ -12,6 +13,14 @@ def test_rms_norm() -> None:
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
 
     torch.testing.assert_close(rms_norm(x, weight, eps=1e-3), expected.float())
+
+
+def test_layer_norm() -> None:
+    x, weight, bias = torch.randn(3, 2, 8), torch.randn(8), torch.randn(8)
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight + bias
+
+    torch.testing.assert_close(layer_norm(x, weight, bias, eps=1e-3), expected.float())
 
 
 def test_add_rms_norm_returns_norm_and_sum() -> None:

@@ -34,7 +34,7 @@ def parse(**keys: Any) -> DecoderConfig:
 def test_defaults_are_those_of_transformers() -> None:
     config = parse()
 
-    assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (4, 8, 1e-6)
+    assert (config.num_key_value_heads, config.head_dim, config.norm_eps) == (4, 8, 1e-6)
     assert (config.rotary.theta, config.rotary.scaling) == (10000.0, None)
     assert (config.dtype, config.tie_word_embeddings, config.max_model_len) == ("float32", False, 128)
 
@@ -122,6 +122,45 @@ def test_qwen_has_windows_where_it_says_so() -> None:
     assert parse(**qwen, use_sliding_window=True, layer_types=types).sliding_windows == (7, None, None, 7)
     with pytest.raises(ConfigError, match="layer_types must name"):
         parse(**qwen, use_sliding_window=True, layer_types=types[1:])
+
+
+def test_mixtral_has_defaults_of_its_own() -> None:
+    mixtral = parse(architectures=["MixtralForCausalLM"])
+
+    assert (mixtral.num_local_experts, mixtral.num_experts_per_tok, mixtral.rotary.theta) == (8, 2, 1e6)
+    assert mixtral.sliding_windows == (None,) * 4
+    with pytest.raises(ConfigError, match="num_experts_per_tok=9 must be at most num_local_experts=8"):
+        parse(architectures=["MixtralForCausalLM"], num_experts_per_tok=9)
+
+
+def test_falcon_7b_and_40b_as_they_were_published() -> None:
+    shape = {"architectures": ["FalconForCausalLM"], "vocab_size": 65024, "bias": False, "alibi": False}
+    old = {"hidden_size": 4544, "num_attention_heads": 71, "multi_query": True, "parallel_attn": True}
+    new = {"hidden_size": 8192, "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True}
+    both = (parse(**shape, **keys, max_position_embeddings=None, dtype="bfloat16") for keys in (old, new))
+
+    falcon_7b, falcon_40b = both
+
+    assert (falcon_7b.num_key_value_heads, falcon_7b.head_dim, falcon_7b.intermediate_size) == (1, 64, 4 * 4544)
+    assert (falcon_40b.num_key_value_heads, falcon_40b.head_dim, falcon_40b.intermediate_size) == (8, 64, 4 * 8192)
+    assert (falcon_7b.has_mlp_norm, falcon_40b.has_mlp_norm) == (False, True)
+    assert (falcon_7b.weight_names.input_norm, falcon_40b.weight_names.input_norm) == ("input_layernorm", "ln_attn")
+    assert falcon_7b.tie_word_embeddings and falcon_7b.max_model_len == 2048
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"alibi": True}, "config.json: alibi is not supported; use a Falcon with rotary embeddings"),
+        ({"activation": "relu"}, "activation 'relu' is not supported; only gelu is"),
+        ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2 is not supported here"),
+        ({"num_attention_heads": 5}, "hidden_size=32 is not a multiple of num_attention_heads=5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized checkpoints are not supported"),
+    ],
+)
+def test_a_falcon_that_cannot_be_run_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(architectures=["FalconForCausalLM"], **keys)
 
 
 @pytest.mark.parametrize(("num_layers", "num_stages"), [(4, 1), (4, 4), (7, 3), (80, 6)])

@@ -1,0 +1,70 @@
+"""Self-attention of a layer, or a rank's heads of it.
+
+Dimensions: T tokens in the step; N query and K KV heads of the rank; H head size; D hidden size.
+"""
+
+from torch import Tensor
+
+from rayserve_sarathi.kernels.attention.backend import AttentionBackend
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
+from rayserve_sarathi.kernels.linear import Linear
+from rayserve_sarathi.kernels.rms_norm import rms_norm
+from rayserve_sarathi.kernels.rotary import apply_rotary
+from rayserve_sarathi.models.config import DecoderConfig
+from rayserve_sarathi.models.parameters import Weights
+from rayserve_sarathi.models.shard import Shard
+
+
+class Attention:
+    """Causal self-attention of one layer over the paged KV cache."""
+
+    def __init__(
+        self, config: DecoderConfig, weights: Weights, *, layer: int, shard: Shard, backend: AttentionBackend
+    ) -> None:
+        prefix = f"layers.{layer}."
+        self._num_heads = len(shard.heads)
+        self._num_kv_heads = len(shard.kv_heads)
+        self._head_size = config.head_dim
+        self._eps = config.norm_eps
+        self._sliding_window = config.sliding_windows[layer]
+        self._backend = backend
+        self._qkv = Linear(weights.pop(f"{prefix}qkv"), weights.pop(f"{prefix}qkv_bias", None))
+        self._o = Linear(weights.pop(f"{prefix}o"), weights.pop(f"{prefix}o_bias", None))
+        self._qk_norms = (
+            (weights.pop(f"{prefix}q_norm"), weights.pop(f"{prefix}k_norm")) if config.has_qk_norm else None
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Attend from x, [T, D]; the new keys and values are stored in the caches.
+
+        Returns:
+            What the rank's heads contribute: the sum over all ranks is the layer's attention, [T, D].
+        """
+        num_rotated = self._num_heads + self._num_kv_heads
+        qkv = self._qkv(x).view(len(x), -1, self._head_size)
+        if self._qk_norms is not None:
+            q_norm, k_norm = self._qk_norms
+            qkv[:, : self._num_heads] = rms_norm(qkv[:, : self._num_heads], q_norm, eps=self._eps)
+            qkv[:, self._num_heads : num_rotated] = rms_norm(
+                qkv[:, self._num_heads : num_rotated], k_norm, eps=self._eps
+            )
+        qk = apply_rotary(qkv[:, :num_rotated], cos, sin)
+        self._backend.write_kv(qk[:, self._num_heads :], qkv[:, num_rotated:], k_cache, v_cache, metadata=metadata)
+        out = self._backend.attention(
+            qk[:, : self._num_heads],
+            k_cache,
+            v_cache,
+            metadata=metadata,
+            scale=self._head_size**-0.5,
+            sliding_window=self._sliding_window,
+        )
+        return self._o(out.flatten(1))

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 from rayserve_sarathi.config import EngineConfig, SchedulerConfig
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.execution.kv_cache import (
+    activation_bytes,
     allocate_kv_caches,
     fit_num_blocks,
     free_memory_bytes,
@@ -13,6 +15,7 @@ from rayserve_sarathi.execution.kv_cache import (
 )
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
+from rayserve_sarathi.models.shard import shard_of
 from tests.checkpoints import save_checkpoint
 
 # Key and value, 3 layers, 2 heads of 8 numbers, 16 tokens, 4 bytes.
@@ -75,6 +78,27 @@ def test_a_pool_too_small_for_the_longest_request_is_refused_with_the_numbers(fo
 def test_a_pool_larger_than_the_memory_is_refused_with_the_numbers(folder: Path, setting: str) -> None:
     with pytest.raises(ConfigError, match=rf"{setting} asks for \d+ MiB .* but \d+ MiB of memory are free; lower it"):
         fit(folder, **{setting: 10**13})
+
+
+def test_what_the_stages_of_a_process_take_together_is_compared_with_its_memory(folder: Path) -> None:
+    settings: dict[str, Any] = {"pipeline_parallel_size": 3, "kv_cache_memory_bytes": free_memory_bytes() // 2}
+
+    assert fit(folder, **settings, transport="socket") > 8
+    with pytest.raises(ConfigError, match="of KV cache over the ranks of this machine"):
+        fit(folder, **settings, transport="inline")
+
+
+def test_activations_count_the_copies_for_experts(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "mixtral")
+    config = EngineConfig(model=str(tmp_path), device="cpu")
+    shape = resolve_model(config).decoder
+
+    def count(num_experts_per_tok: int) -> int:
+        chosen = replace(shape, num_experts_per_tok=num_experts_per_tok)
+        return activation_bytes(config, chosen, shard_of(chosen), itemsize=2, is_last=False)
+
+    # 512 tokens of 32 numbers: in, out and in order with 2 bytes each, weighted with 4.
+    assert count(3) - count(2) == 512 * 32 * (3 * 2 + 4)
 
 
 def test_pools_are_allocated_for_each_layer(folder: Path) -> None:

@@ -1,22 +1,24 @@
-"""The loop that joins a scheduler and a pipeline, and the engine for callers in the same process."""
+"""The loop that joins a scheduler and a pipeline, and brings a pipeline that failed back."""
 
 import asyncio
-import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.errors import EngineDeadError, InvalidRequestError
+from rayserve_sarathi.errors import EngineDeadError, PipelineFaultError
 from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kv.block_manager import BlockManager
-from rayserve_sarathi.metrics import Snapshot, render
+from rayserve_sarathi.load_report import LoadReport
+from rayserve_sarathi.metrics import SchedulerState, Snapshot
 from rayserve_sarathi.models.resolve import ModelInfo
 from rayserve_sarathi.registry import check_name, load
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput, SamplingParams
 from rayserve_sarathi.scheduling import SCHEDULERS
 from rayserve_sarathi.scheduling.base import Scheduler
+from rayserve_sarathi.step_log import PipelineTrace, StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,27 @@ Deliver = Callable[[list[RequestOutput]], None]
 
 _MAX_FAILED_STEPS = 8
 """A single bad step fails its own requests; so many in a row mean that the pipeline is broken."""
+
+
+class RebuildLimit:
+    """How often a pipeline may be rebuilt before it is given up.
+
+    Args:
+        max_rebuilds: Within any `window_s` seconds.
+        window_s: See `max_rebuilds`.
+    """
+
+    def __init__(self, max_rebuilds: int, window_s: float) -> None:
+        self._max_rebuilds = max_rebuilds
+        self.window_s = window_s
+        self._rebuilds_s: deque[float] = deque()
+
+    def count(self, now_s: float) -> bool:
+        """Count one more; return whether it is within the limit."""
+        self._rebuilds_s.append(now_s)
+        while self._rebuilds_s[0] < now_s - self.window_s:
+            self._rebuilds_s.popleft()
+        return len(self._rebuilds_s) <= self._max_rebuilds
 
 
 def max_steps_in_flight(num_stages: int) -> int:
@@ -75,7 +98,9 @@ class Engine:
         scheduler: Taken over; nobody else calls it.
         pipeline: Taken over likewise.
         deliver: Called once a step with what it did for its requests.
+        rebuild_limit: How often a pipeline that failed is rebuilt.
         clock: Seconds, monotonic.
+        report_period_s: How often a line in the log says what the engine does, while it does something.
     """
 
     def __init__(
@@ -84,13 +109,19 @@ class Engine:
         pipeline: Pipeline,
         *,
         deliver: Deliver,
+        rebuild_limit: RebuildLimit,
         clock: Callable[[], float] = time.monotonic,
+        report_period_s: float = 10.0,
     ) -> None:
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._deliver = deliver
+        self._rebuild_limit = rebuild_limit
         self._clock = clock
+        self._report_period_s = report_period_s
+        self._steps = StepLog()
         self._wake = asyncio.Event()
+        self._is_rebuilding = False
         self._fault: str | None = None
 
     def check_capacity(self, num_requests: int) -> None:
@@ -100,7 +131,7 @@ class Engine:
             OverloadedError: It has not.
             EngineDeadError: The pipeline is dead.
         """
-        self._check_alive()
+        self.check_alive()
         self._scheduler.check_capacity(num_requests, self._clock())
 
     def add(
@@ -111,15 +142,24 @@ class Engine:
         *,
         eos_token_ids: Iterable[int] = (),
         cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> None:
         """Queue a request; `deliver` gets its tokens.
+
+        Args:
+            request_id: Unique.
+            prompt_token_ids: At least one token.
+            sampling: How to choose tokens.
+            eos_token_ids: Tokens that end it.
+            cache_salt: See `Request`.
+            output_token_ids: Tokens that an earlier engine generated; `deliver` gets those that follow.
 
         Raises:
             InvalidRequestError: It can never be served.
             OverloadedError: The queue is full.
             EngineDeadError: The pipeline is dead.
         """
-        self._check_alive()
+        self.check_alive()
         self._scheduler.add(
             Request(
                 request_id,
@@ -127,6 +167,7 @@ class Engine:
                 sampling,
                 eos_token_ids=eos_token_ids,
                 cache_salt=cache_salt,
+                output_token_ids=output_token_ids,
                 arrival_s=self._clock(),
             )
         )
@@ -162,32 +203,49 @@ class Engine:
         self._scheduler.reset_metrics()
 
     async def run(self) -> None:
-        """Run until cancelled, or until the pipeline fails.
+        """Run until cancelled, or until the pipeline has failed more often than it may.
 
         Raises:
-            EngineDeadError: The pipeline failed; every open request was told.
+            EngineDeadError: The pipeline is given up; every open request was told.
         """
-        submitting = asyncio.create_task(self._submit_steps())
+        reporting = asyncio.create_task(self._report_load())
         try:
-            await self._receive_steps(submitting)
+            while True:
+                try:
+                    await self._run_steps()
+                except PipelineFaultError as fault:
+                    await self._rebuild(fault)
         except asyncio.CancelledError:
             self._die("the engine was stopped")
             raise
         except Exception as error:  # the outermost frame of the loop: whoever waits for tokens must hear of it
             logger.exception("the engine stops")
-            fault = str(error) if isinstance(error, EngineDeadError) else f"internal error ({type(error).__name__})"
-            self._die(fault)
-            raise EngineDeadError(fault) from error
+            fault_text = (
+                str(error) if isinstance(error, EngineDeadError) else f"internal error ({type(error).__name__})"
+            )
+            self._die(fault_text)
+            raise EngineDeadError(fault_text) from error
         finally:
-            submitting.cancel()
+            reporting.cancel()
 
-    async def check_health(self) -> None:
-        """Return if the pipeline lives.
+    def check_alive(self) -> None:
+        """Return unless the pipeline was given up; one that is being rebuilt is alive.
 
         Raises:
-            EngineDeadError: It does not.
+            EngineDeadError: It was.
         """
-        self._check_alive()
+        if self._fault is not None:
+            raise EngineDeadError(self._fault)
+
+    async def check_ready(self) -> None:
+        """Return if steps can run now: the pipeline is not being rebuilt, and all its stages answer.
+
+        Raises:
+            EngineDeadError: They cannot; the message says why.
+        """
+        self.check_alive()
+        if self._is_rebuilding:
+            raise EngineDeadError("the pipeline is being rebuilt after a fault")
         await self._pipeline.check_health()
 
     @property
@@ -195,15 +253,70 @@ class Engine:
         """Requests that wait for their first step."""
         return self._scheduler.num_waiting
 
+    def state(self) -> SchedulerState:
+        """Return where the scheduler stands."""
+        return self._scheduler.state()
+
+    def pack_marks(self) -> bytes:
+        """Return what tells others which prefixes are cached here; see `BlockManager.pack_marks`."""
+        return self._scheduler.pack_marks()
+
+    @property
+    def is_rebuilding(self) -> bool:
+        """Whether the pipeline has failed and is not back yet: requests wait."""
+        return self._is_rebuilding
+
     def snapshot(self, *, model_name: str, pipeline: str) -> Snapshot:
-        """Return the scheduler's metrics as they are now."""
-        scheduler = self._scheduler
-        return Snapshot(model_name=model_name, pipeline=pipeline, metrics=scheduler.metrics, state=scheduler.state())
+        """Return the metrics of scheduler and stages as they are now."""
+        return Snapshot(
+            model_name=model_name,
+            pipeline=pipeline,
+            metrics=self._scheduler.metrics,
+            state=self._scheduler.state(),
+            stages=self._steps.stage_times.totals(),
+        )
+
+    def trace(self, *, pipeline: str) -> PipelineTrace:
+        """Return the last steps, one by one."""
+        return self._steps.trace(pipeline=pipeline, now_s=self._clock())
+
+    async def _run_steps(self) -> None:
+        submitting = asyncio.create_task(self._submit_steps())
+        try:
+            await self._receive_steps(submitting)
+        finally:
+            submitting.cancel()
+            await asyncio.gather(submitting, return_exceptions=True)
+
+    async def _rebuild(self, fault: PipelineFaultError) -> None:
+        """Bring the pipeline back, though it may fail again meanwhile."""
+        self._is_rebuilding = True
+        begin_s = self._clock()
+        broken = set(fault.stages)
+        while True:
+            self._scheduler.metrics.num_stage_restarts[fault.reason] += 1
+            is_within = self._rebuild_limit.count(self._clock())
+            # Attempts that each take long never are many in a window.
+            if not is_within or self._clock() - begin_s > self._rebuild_limit.window_s:
+                raise EngineDeadError(f"the pipeline is given up: {fault}")
+            logger.warning("the pipeline failed (%s); rebuilding it", fault)
+            self._scheduler.restart()
+            self._steps.restart()
+            try:
+                await self._pipeline.rebuild(broken)
+                break
+            except PipelineFaultError as another:
+                fault = another
+                broken |= another.stages
+        self._is_rebuilding = False
+        num_requests = len(list(self._scheduler.request_ids()))
+        logger.info("the pipeline is back after %.1f s; %d requests go on", self._clock() - begin_s, num_requests)
 
     async def _submit_steps(self) -> None:
         while True:
             self._wake.clear()
             while (step := self._scheduler.schedule(self._clock())) is not None:
+                self._steps.note_submit(step, self._clock())
                 await self._pipeline.submit(step)
             await self._wake.wait()
 
@@ -218,129 +331,29 @@ class Engine:
                 step_output = receiving.result()
             finally:
                 receiving.cancel()
-            outputs = self._scheduler.update(step_output, self._clock())
+            now_s = self._clock()
+            outputs = self._scheduler.update(step_output, now_s)
             self._wake.set()
             if outputs:
                 self._deliver(outputs)
-            num_failures = 0 if step_output.error is None else num_failures + 1
-            if num_failures >= _MAX_FAILED_STEPS:
-                raise EngineDeadError(f"{num_failures} steps in a row failed; the last one: {step_output.error}")
+            self._steps.note_return(step_output, now_s)
+            fault = step_output.fault
+            num_failures = 0 if fault is None else num_failures + 1
+            if fault is not None and fault.is_stage_broken:
+                raise PipelineFaultError(fault.message, reason="failed", stages=(fault.stage,))
+            if fault is not None and num_failures >= _MAX_FAILED_STEPS:
+                message = f"{num_failures} steps in a row failed; the last one: {fault.message}"
+                raise PipelineFaultError(message, reason="failed", stages=(fault.stage,))
+
+    async def _report_load(self) -> None:
+        report = LoadReport(self._clock())
+        while True:
+            await asyncio.sleep(self._report_period_s)
+            line = report.line(self.snapshot(model_name="", pipeline=""), self._clock())
+            if line is not None:
+                logger.info("%s", line)
 
     def _die(self, fault: str) -> None:
         self._fault = fault
-        self._deliver(self._scheduler.fail_all(fault))
-
-    def _check_alive(self) -> None:
-        if self._fault is not None:
-            raise EngineDeadError(self._fault)
-
-
-class Mailboxes:
-    """Where the outputs of open requests wait for whoever reads them."""
-
-    def __init__(self) -> None:
-        self._boxes: dict[str, asyncio.Queue[RequestOutput]] = {}
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._boxes
-
-    def __iter__(self) -> "itertools.chain[str]":
-        return itertools.chain(self._boxes)
-
-    def __len__(self) -> int:
-        return len(self._boxes)
-
-    def deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        """Put each output into the box of its request; those of closed ones are dropped."""
-        for output in outputs:
-            if (box := self._boxes.get(output.request_id)) is not None:
-                box.put_nowait(output)
-
-    def open(self, request_id: str) -> None:
-        """Begin to keep the outputs of a request."""
-        self._boxes[request_id] = asyncio.Queue()
-
-    def close(self, request_id: str) -> bool:
-        """Stop keeping them; return whether the request was open."""
-        return self._boxes.pop(request_id, None) is not None
-
-    async def read(self, request_id: str) -> AsyncIterator[RequestOutput]:
-        """Yield the outputs of an open request, and close it after the last."""
-        box = self._boxes[request_id]
-        while True:
-            output = await box.get()
-            if output.finish_reason is not None:
-                self.close(request_id)
-            yield output
-            if output.finish_reason is not None:
-                return
-
-
-class LocalEngine:
-    """An engine in this process, as its clients see it (`openai.engine_client.EngineClient`).
-
-    Args:
-        scheduler: Taken over.
-        pipeline: Taken over.
-        eos_token_ids: Tokens that end a request.
-        model_name: Label of the metrics.
-    """
-
-    def __init__(
-        self, scheduler: Scheduler, pipeline: Pipeline, *, eos_token_ids: Iterable[int], model_name: str
-    ) -> None:
-        self._mailboxes = Mailboxes()
-        self._pipeline = pipeline
-        self._engine = Engine(scheduler, pipeline, deliver=self._mailboxes.deliver)
-        self._eos_token_ids = tuple(eos_token_ids)
-        self._model_name = model_name
-        self._task: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> "LocalEngine":
-        self._task = asyncio.create_task(self._engine.run())
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        await self._pipeline.close()
-
-    async def check_capacity(self, num_requests: int) -> None:
-        """See `EngineClient`."""
-        self._engine.check_capacity(num_requests)
-
-    async def generate(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        cache_salt: str = "",
-    ) -> AsyncIterator[RequestOutput]:
-        """See `EngineClient`."""
-        if request_id in self._mailboxes:
-            raise InvalidRequestError(f"request id {request_id!r} is in use")
-        self._mailboxes.open(request_id)
-        try:
-            self._engine.add(
-                request_id, prompt_token_ids, sampling, eos_token_ids=self._eos_token_ids, cache_salt=cache_salt
-            )
-            async for output in self._mailboxes.read(request_id):
-                yield output
-        finally:
-            if self._mailboxes.close(request_id):
-                self._engine.abort(request_id)
-
-    def finish(self, request_id: str) -> None:
-        """See `EngineClient`."""
-        if self._mailboxes.close(request_id):
-            self._engine.stop(request_id)
-
-    async def check_ready(self) -> None:
-        """See `EngineClient`."""
-        await self._engine.check_health()
-
-    async def metrics(self) -> str:
-        """See `EngineClient`."""
-        return render([self._engine.snapshot(model_name=self._model_name, pipeline="0")])
+        self._scheduler.restart()  # nothing is in flight any more
+        self._deliver(self._scheduler.lose_all(fault))

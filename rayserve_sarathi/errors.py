@@ -5,8 +5,12 @@ SarathiError
 |-- InvalidRequestError     the client: the request can never be served as it stands
 |   `-- ContextLengthError  ... because it is longer than the model's context
 |-- OverloadedError         the client, later: the queue is full
-`-- EngineDeadError         the operator: a pipeline or a scheduler is gone
+|-- EngineDeadError         the operator: a pipeline or a scheduler is gone
+|   `-- PipelineFaultError  nobody yet: a pipeline has failed and can be rebuilt
+`-- WireError               whoever owns the connection: close it, what came over it is no message of ours
 """
+
+from collections.abc import Collection
 
 
 class SarathiError(Exception):
@@ -60,9 +64,35 @@ class EngineDeadError(SarathiError):
     """A pipeline or a scheduler is gone, or has not started yet."""
 
 
+class PipelineFaultError(EngineDeadError):
+    """A pipeline has failed; whoever owns it may rebuild it.
+
+    Args:
+        message: What happened, and to which stage.
+        reason: `died`, `hung`, `failed` (raised on every step) or `lost_message`: the label of a metric.
+        stages: Stages that are known to be broken, though they may answer.
+    """
+
+    def __init__(self, message: str, *, reason: str, stages: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.stages = frozenset(stages)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_restore_pipeline_fault, (str(self), self.reason, tuple(self.stages)))
+
+
+class WireError(SarathiError):
+    """Bytes from another process are no message, or a message cannot be sent."""
+
+
 def _restore_invalid_request(cls: type[InvalidRequestError], message: str, param: str | None) -> InvalidRequestError:
     return cls(message, param=param)
 
 
 def _restore_overloaded(message: str, retry_after_s: float) -> OverloadedError:
     return OverloadedError(message, retry_after_s=retry_after_s)
+
+
+def _restore_pipeline_fault(message: str, reason: str, stages: Collection[int]) -> PipelineFaultError:
+    return PipelineFaultError(message, reason=reason, stages=stages)

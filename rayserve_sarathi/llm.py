@@ -13,10 +13,11 @@ from typing import Any, NoReturn, Self, TypeVar, cast
 from tqdm import tqdm
 
 from rayserve_sarathi.config import EngineConfig, parse
-from rayserve_sarathi.engine import LocalEngine, check_names, make_scheduler
+from rayserve_sarathi.engine import check_names, make_scheduler
 from rayserve_sarathi.errors import ConfigError, EngineDeadError, InvalidRequestError, SarathiError
 from rayserve_sarathi.execution.inline import make_inline_pipeline
-from rayserve_sarathi.models.resolve import resolve_model
+from rayserve_sarathi.local_engine import LocalEngine
+from rayserve_sarathi.models.resolve import find_tokenizer, resolve_model
 from rayserve_sarathi.request import MAX_TOKEN_ID, FinishReason, SamplingParams, TokenLogprobs
 from rayserve_sarathi.text.chat_template import ChatOptions
 from rayserve_sarathi.text.tokenizer import load_tokenizer
@@ -69,7 +70,7 @@ class LLM:
         config = replace(config, scheduler=replace(config.scheduler, max_num_waiting=sys.maxsize))
         info = resolve_model(config)
         self._tokenizer = load_tokenizer(
-            config.tokenizer or str(info.root),
+            find_tokenizer(config, info),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             chat_template=config.chat_template,

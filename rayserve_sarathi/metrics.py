@@ -6,13 +6,15 @@ its exposition is used as it is.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from rayserve_sarathi.stage_times import StageTotals
 
 _PREFIX = "sarathi_"
 _LABELS = ("model_name", "pipeline")
@@ -74,7 +76,9 @@ class SchedulerMetrics:
     """By finish reason."""
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
-    """Tokens that a preempted request lost and did not find in the prefix cache again."""
+    """Tokens that were lost with a preemption or a restart, and not found in the prefix cache again."""
+    num_stage_restarts: Counter[str] = field(default_factory=Counter)
+    """By reason; see `PipelineFaultError`."""
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     num_prefix_cache_queries: int = 0
@@ -110,6 +114,8 @@ class Snapshot:
     pipeline: str
     metrics: SchedulerMetrics
     state: SchedulerState
+    stages: tuple[StageTotals, ...] = ()
+    """Of each stage; none before the first step."""
 
 
 def render(snapshots: Sequence[Snapshot]) -> str:
@@ -131,13 +137,18 @@ class _SnapshotCollector(Collector):
         yield self._gauge("num_steps_in_flight", "Steps not returned", lambda s: s.state.num_steps_in_flight)
         yield self._gauge("token_budget", "Most tokens in a step", lambda s: s.state.token_budget)
         yield self._counter("request_started", "Requests accepted", lambda s: s.metrics.num_started)
-        yield self._success()
+        yield self._by_label("request_success", "Requests ended", "finished_reason", attrgetter("num_finished"))
+        yield self._by_label(
+            "stage_restarts", "Times that a pipeline was rebuilt", "reason", attrgetter("num_stage_restarts")
+        )
         yield self._counter("num_preemptions", "Requests preempted", lambda s: s.metrics.num_preemptions)
         yield self._counter("recomputed_tokens", "Tokens computed again", lambda s: s.metrics.num_recomputed_tokens)
         yield self._counter("prompt_tokens", "Computed or found in the cache", lambda s: s.metrics.num_prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated", lambda s: s.metrics.num_generation_tokens)
         yield self._counter("prefix_cache_queries", "Tokens looked up", lambda s: s.metrics.num_prefix_cache_queries)
         yield self._counter("prefix_cache_hits", "Tokens found", lambda s: s.metrics.num_prefix_cache_hits)
+        yield self._stage_seconds()
+        yield self._bubble_share()
         for name, text, histogram in (
             ("time_to_first_token_seconds", "Arrival to first token", "time_to_first_token_s"),
             ("inter_token_latency_seconds", "Between two tokens", "inter_token_latency_s"),
@@ -161,13 +172,30 @@ class _SnapshotCollector(Collector):
             family.add_metric(_labels(snapshot), value(snapshot))
         return family
 
-    def _success(self) -> Metric:
-        family = CounterMetricFamily(
-            f"{_PREFIX}request_success", "Requests ended", labels=[*_LABELS, "finished_reason"]
-        )
+    def _by_label(
+        self, name: str, text: str, label: str, counts: Callable[[SchedulerMetrics], Mapping[str, int]]
+    ) -> Metric:
+        family = CounterMetricFamily(_PREFIX + name, text, labels=[*_LABELS, label])
         for snapshot in self._snapshots:
-            for reason, count in sorted(snapshot.metrics.num_finished.items()):
-                family.add_metric([*_labels(snapshot), reason], count)
+            for value, count in sorted(counts(snapshot.metrics).items()):
+                family.add_metric([*_labels(snapshot), value], count)
+        return family
+
+    def _stage_seconds(self) -> Metric:
+        text = "What stages did while a step was in flight"
+        family = CounterMetricFamily(_PREFIX + "step_time_seconds", text, labels=[*_LABELS, "stage", "kind"])
+        for snapshot in self._snapshots:
+            for index, stage in enumerate(snapshot.stages):
+                for kind, seconds in (("busy", stage.busy_s), ("bubble", stage.bubble_s), ("comm", stage.comm_s)):
+                    family.add_metric([*_labels(snapshot), str(index), kind], seconds)
+        return family
+
+    def _bubble_share(self) -> Metric:
+        text = "Share of the last 10 to 20 seconds with a step in flight that a stage waited, 0 to 1"
+        family = GaugeMetricFamily(_PREFIX + "bubble_share", text, labels=[*_LABELS, "stage"])
+        for snapshot in self._snapshots:
+            for index, stage in enumerate(snapshot.stages):
+                family.add_metric([*_labels(snapshot), str(index)], stage.recent_bubble_share)
         return family
 
     def _histogram(self, name: str, text: str, value: Callable[[SchedulerMetrics], Histogram]) -> Metric:

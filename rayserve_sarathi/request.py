@@ -27,6 +27,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    LOST = "lost"
+    """The engine died with the request: who waits for it may try another engine, or must be told so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +167,7 @@ class RequestOutput(NamedTuple):
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
     error: str | None = None
-    """What went wrong, when `finish_reason` is ERROR."""
+    """What went wrong, when `finish_reason` is ERROR or LOST."""
 
 
 class Request:

@@ -143,17 +143,29 @@ class StageTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepFault:
+    """Why a stage could not compute a step."""
+
+    message: str
+    stage: int
+    is_stage_broken: bool = False
+    """Whether that stage can compute no other step either."""
+    is_consequence: bool = False
+    """Whether it follows from the failure of another rank, whose own log says more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
     """What came of a `StepInput`.
 
     Args:
         step_id: That of the input; `epoch` likewise.
-        token_ids: The token sampled for each of the S sampling requests, [S]. Empty if `error` is set.
+        token_ids: The token sampled for each of the S sampling requests, [S]. Empty if `fault` is set.
         logprobs: By index into S, for those that asked.
         prompt_logprobs: By index into R, one entry for each target token, for those that asked.
         errors: By index into R: why that request alone failed; what else the step says of it means nothing.
         timings: One entry a stage, in order.
-        error: Why the step failed as a whole; its requests fail with it.
+        fault: Why the step failed as a whole; its requests fail with it.
     """
 
     step_id: int
@@ -163,4 +175,4 @@ class StepOutput:
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
     timings: tuple[StageTiming, ...] = ()
-    error: str | None = None
+    fault: StepFault | None = None

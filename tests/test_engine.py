@@ -1,16 +1,21 @@
 """The loop of scheduler and pipeline, with a pipeline that does what a test tells it to."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rayserve_sarathi.engine import LocalEngine
-from rayserve_sarathi.errors import EngineDeadError
+from rayserve_sarathi.engine import Engine, RebuildLimit
+from rayserve_sarathi.errors import EngineDeadError, PipelineFaultError
+from rayserve_sarathi.local_engine import LocalEngine, Mailboxes
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
-from rayserve_sarathi.step import StepInput, StepOutput
+from rayserve_sarathi.step import StageTiming, StepFault, StepInput, StepOutput
 from tests.factories import HashModel, expected, make_scheduler
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -27,7 +32,12 @@ class ScriptedPipeline:
         self._num_submitted = 0
         self._submitted = asyncio.Condition()
         self.num_failing = 0
-        self.is_dead = False
+        self.fault: PipelineFaultError | None = None
+        self.rebuilds: list[set[int]] = []
+        self.rebuild_faults: list[Exception] = []
+        self.is_rebuilding = asyncio.Event()
+        self.may_rebuild = asyncio.Event()
+        self.may_rebuild.set()
         self.is_closed = False
 
     async def submit(self, step: StepInput) -> None:
@@ -43,16 +53,39 @@ class ScriptedPipeline:
     async def receive(self) -> StepOutput:
         step = await self._inside.get()
         await self.may_return.wait()
-        if self.is_dead:
-            raise EngineDeadError("stage 0 is dead")
+        if self.fault is not None:
+            raise self.fault
         if self.num_failing:
             self.num_failing -= 1
-            return StepOutput(step_id=step.step_id, epoch=0, token_ids=np.empty(0, np.int32), error="stage 0 failed")
-        return self._model.run(step)
+            return StepOutput(
+                step_id=step.step_id,
+                epoch=step.epoch,
+                token_ids=np.empty(0, np.int32),
+                fault=StepFault(message="stage 1 failed", stage=1),
+            )
+        return replace(self._model.run(step), timings=self._time_stages())
+
+    def _time_stages(self) -> tuple[StageTiming, ...]:
+        """Each stage's clock is its own."""
+        now_s = time.monotonic()
+        return tuple(
+            StageTiming(stage=stage, receive_s=clock_s + now_s, start_s=clock_s + now_s, end_s=clock_s + now_s)
+            for stage, clock_s in enumerate((1000.0, -1000.0))
+        )
+
+    async def rebuild(self, broken: Collection[int]) -> None:
+        self.rebuilds.append(set(broken))
+        self.is_rebuilding.set()
+        await self.may_rebuild.wait()
+        if self.rebuild_faults:
+            raise self.rebuild_faults.pop()
+        self._inside = asyncio.Queue()
+        self._model = HashModel(num_blocks=64, block_size=4)
+        self.fault = None
 
     async def check_health(self) -> None:
-        if self.is_dead:
-            raise EngineDeadError("stage 0 is dead")
+        if self.fault is not None:
+            raise self.fault
 
     async def close(self) -> None:
         self.is_closed = True
@@ -64,6 +97,40 @@ async def running(**settings: object) -> AsyncIterator[tuple[LocalEngine, Script
     scheduler = make_scheduler(**settings)  # type: ignore[arg-type]
     async with LocalEngine(scheduler, pipeline, eos_token_ids=(), model_name="m") as engine:
         yield engine, pipeline
+
+
+class Supervised:
+    """An engine whose pipeline may be rebuilt, and the outputs of its requests."""
+
+    def __init__(self, *, max_rebuilds: int = 3, window_s: float = 1000.0, report_period_s: float = 10.0) -> None:
+        self.pipeline = ScriptedPipeline()
+        self.scheduler = make_scheduler()
+        self.boxes = Mailboxes()
+        limit = RebuildLimit(max_rebuilds, window_s=window_s)
+        self.engine = Engine(
+            self.scheduler,
+            self.pipeline,
+            deliver=self.boxes.deliver,
+            rebuild_limit=limit,
+            report_period_s=report_period_s,
+        )
+        self.run = asyncio.create_task(self.engine.run())
+
+    async def __aenter__(self) -> "Supervised":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.run.cancel()
+        await asyncio.gather(self.run, return_exceptions=True)
+
+    def start(self, request_id: str, *, max_tokens: int = 6) -> "asyncio.Task[list[RequestOutput]]":
+        self.boxes.open(request_id)
+        self.engine.add(request_id, PROMPT, SamplingParams(max_tokens=max_tokens))
+        return asyncio.create_task(self._collect(request_id))
+
+    async def _collect(self, request_id: str) -> list[RequestOutput]:
+        async with asyncio.timeout(10):
+            return [output async for output in self.boxes.read(request_id)]
 
 
 async def collect(engine: LocalEngine, request_id: str, *, max_tokens: int = 6) -> list[RequestOutput]:
@@ -124,34 +191,161 @@ async def test_a_failed_step_ends_its_request_and_the_engine_goes_on():
         failed = await collect(engine, "failed")
         fine = await collect(engine, "fine")
 
-    assert [(output.finish_reason, output.error) for output in failed] == [(FinishReason.ERROR, "stage 0 failed")]
+    assert [(output.finish_reason, output.error) for output in failed] == [(FinishReason.ERROR, "stage 1 failed")]
     assert tokens_of(fine) == expected(PROMPT, 6)
 
 
-async def test_many_failed_steps_in_a_row_mean_that_the_pipeline_is_broken():
-    async with running() as (engine, pipeline):
-        pipeline.num_failing = 100
-        for index in range(8):
-            await collect(engine, f"request-{index}")
-        with pytest.raises(EngineDeadError, match="8 steps in a row failed"):
-            await collect(engine, "next")
-        with pytest.raises(EngineDeadError):
-            await engine.check_ready()
+async def test_many_failed_steps_in_a_row_mean_that_their_stage_is_broken():
+    async with Supervised() as supervised:
+        supervised.pipeline.num_failing = 8
+        failed = [await supervised.start(f"request-{index}") for index in range(8)]
+        fine = await supervised.start("next")
+
+    assert [outputs[-1].finish_reason for outputs in failed] == [FinishReason.ERROR] * 8
+    assert supervised.pipeline.rebuilds == [{1}]
+    assert supervised.scheduler.metrics.num_stage_restarts == {"failed": 1}
+    assert tokens_of(fine) == expected(PROMPT, 6)
 
 
-async def test_a_dead_pipeline_ends_every_open_request_and_refuses_new_ones():
+async def test_streams_go_on_with_the_same_tokens_after_a_fault():
+    async with Supervised() as supervised:
+        streams = [supervised.start(f"request-{index}", max_tokens=40) for index in range(3)]
+        await supervised.pipeline.wait_until_submitted(10)
+        supervised.pipeline.fault = PipelineFaultError("stage 1 is dead", reason="died", stages=[1])
+        outputs = await asyncio.gather(*streams)
+
+    assert [tokens_of(each) for each in outputs] == [expected(PROMPT, 40)] * 3
+    assert supervised.pipeline.rebuilds == [{1}]
+    assert supervised.scheduler.metrics.num_stage_restarts == {"died": 1}
+    assert supervised.scheduler.metrics.num_recomputed_tokens > 0
+
+
+async def test_a_fault_during_recovery_is_another_one_to_recover_from():
+    async with Supervised() as supervised:
+        supervised.pipeline.rebuild_faults = [PipelineFaultError("stage 0 is dead", reason="died", stages=[0])]
+        supervised.pipeline.fault = PipelineFaultError("stage 1 hangs", reason="hung", stages=[1])
+        outputs = await supervised.start("a")
+
+    assert tokens_of(outputs) == expected(PROMPT, 6)
+    assert supervised.pipeline.rebuilds == [{1}, {0, 1}]
+    assert supervised.scheduler.metrics.num_stage_restarts == {"hung": 1, "died": 1}
+
+
+async def test_while_it_is_rebuilt_the_engine_is_alive_takes_requests_and_is_not_ready():
+    async with Supervised() as supervised:
+        supervised.pipeline.may_rebuild.clear()
+        supervised.pipeline.fault = PipelineFaultError("stage 1 is dead", reason="died")
+        before = supervised.start("before")
+        await supervised.pipeline.is_rebuilding.wait()
+        supervised.engine.check_alive()
+        with pytest.raises(EngineDeadError, match="being rebuilt"):
+            await supervised.engine.check_ready()
+        after = supervised.start("after")
+        supervised.pipeline.may_rebuild.set()
+
+        assert tokens_of(await before) == tokens_of(await after) == expected(PROMPT, 6)
+        await supervised.engine.check_ready()
+
+
+async def test_a_pipeline_that_fails_too_often_is_given_up():
+    async with Supervised(max_rebuilds=2) as supervised:
+        faults: list[Exception] = [PipelineFaultError(f"fault {index}", reason="died") for index in range(9)]
+        supervised.pipeline.rebuild_faults = faults
+        supervised.pipeline.fault = PipelineFaultError("stage 1 is dead", reason="died")
+        outputs = await supervised.start("a")
+
+        assert len(supervised.pipeline.rebuilds) == 2
+        assert (outputs[-1].finish_reason, outputs[-1].error) == (
+            FinishReason.LOST,
+            "the pipeline is given up: fault 7",
+        )
+        with pytest.raises(EngineDeadError, match="given up"):
+            supervised.engine.check_alive()
+        with pytest.raises(EngineDeadError, match="given up"):
+            supervised.start("late")
+        with pytest.raises(EngineDeadError, match="given up"):
+            await supervised.run
+    metrics = supervised.scheduler.metrics
+    assert metrics.num_started == sum(metrics.num_finished.values()) == 1
+
+
+async def test_a_pipeline_whose_attempts_take_long_is_given_up_too():
+    # Each attempt outlasts the window, so that there are never two within it.
+    async with Supervised(max_rebuilds=1, window_s=0.0) as supervised:
+        supervised.pipeline.rebuild_faults = [PipelineFaultError("no room", reason="died") for _ in range(9)]
+        supervised.pipeline.fault = PipelineFaultError("stage 1 is dead", reason="died")
+        outputs = await supervised.start("a")
+
+    assert outputs[-1].finish_reason is FinishReason.LOST
+    assert len(supervised.pipeline.rebuilds) < 9
+
+
+def test_rebuilds_count_within_their_window_only():
+    limit = RebuildLimit(2, window_s=10.0)
+
+    assert [limit.count(now_s) for now_s in (0.0, 1.0, 2.0, 13.0, 14.0, 15.0)] == [True, True, False, True, True, False]
+
+
+async def test_a_dead_pipeline_in_the_same_process_ends_every_open_request_and_refuses_new_ones():
     async with running(max_num_seqs=1) as (engine, pipeline):
         pipeline.may_return.clear()
         open_requests = [asyncio.create_task(collect(engine, name)) for name in ("running", "waiting")]
         await pipeline.wait_until_submitted(1)
-        pipeline.is_dead = True
+        pipeline.fault = PipelineFaultError("a step took too long", reason="hung")
         pipeline.may_return.set()
-        for outputs in await asyncio.gather(*open_requests):
-            assert [(output.finish_reason, output.error) for output in outputs] == [
-                (FinishReason.ERROR, "stage 0 is dead")
-            ]
-        with pytest.raises(EngineDeadError, match="stage 0 is dead"):
+        for outcome in await asyncio.gather(*open_requests, return_exceptions=True):
+            assert isinstance(outcome, EngineDeadError)
+            assert "a step took too long" in str(outcome)
+        with pytest.raises(EngineDeadError, match="a step took too long"):
             await collect(engine, "late")
+
+
+async def test_metrics_say_what_each_stage_did():
+    async with running() as (engine, _):
+        before = await engine.metrics()
+        await collect(engine, "a")
+        metrics = await engine.metrics()
+
+    assert "sarathi_step_time_seconds_total{" not in before
+    for stage in ("0", "1"):
+        for kind in ("busy", "bubble", "comm"):
+            labels = f'kind="{kind}",model_name="m",pipeline="0",stage="{stage}"'
+            assert f"sarathi_step_time_seconds_total{{{labels}}} " in metrics
+        assert f'sarathi_bubble_share{{model_name="m",pipeline="0",stage="{stage}"}} ' in metrics
+
+
+async def test_a_trace_has_every_step_before_and_after_a_fault():
+    async with Supervised() as supervised:
+        stream = supervised.start("a", max_tokens=40)
+        await supervised.pipeline.wait_until_submitted(10)
+        supervised.pipeline.fault = PipelineFaultError("stage 1 is dead", reason="died", stages=[1])
+        await stream
+        trace = supervised.engine.trace(pipeline="p")
+
+    assert trace.pipeline == "p"
+    assert {record.epoch for record in trace.records} == {0, 1}
+    assert all(record.submit_s <= record.back_s <= trace.now_s for record in trace.records)
+    # One prefill in each epoch, one token of the output in each step.
+    assert len(trace.records) == 40
+    assert [record.num_prefill_tokens > 0 for record in trace.records].count(True) == 2
+    assert {record.request_ids for record in trace.records} == {("a",)}
+
+
+async def test_a_line_in_the_log_says_what_runs(caplog):
+    with caplog.at_level(logging.INFO, logger="rayserve_sarathi.engine"):
+        async with Supervised(report_period_s=0.001) as supervised:
+            await supervised.start("a", max_tokens=40)
+            await asyncio.sleep(0.01)  # the line comes by itself: there is no event to wait for
+            (line, *_) = [record.getMessage() for record in caplog.records]
+            caplog.clear()
+            await asyncio.sleep(0.01)
+
+    pattern = (
+        r"running \d, waiting \d, prompt [\d.]+ tokens/s, generation [\d.]+ tokens/s, "
+        r"KV cache [\d.]+%, steps in flight \d, bubbles ([\d.]+%, [\d.]+%|unknown)"
+    )
+    assert re.fullmatch(pattern, line), line
+    assert not caplog.records, "it says something though nothing runs"
 
 
 async def test_stopping_the_engine_ends_open_requests():
@@ -160,4 +354,5 @@ async def test_stopping_the_engine_ends_open_requests():
         waiting = asyncio.create_task(collect(engine, "a"))
         await pipeline.wait_until_submitted(1)
 
-    assert [output.finish_reason for output in await waiting] == [FinishReason.ERROR]
+    with pytest.raises(EngineDeadError, match="the engine was stopped"):
+        await waiting

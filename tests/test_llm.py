@@ -34,8 +34,9 @@ def references(checkpoint: Path) -> list[list[int]]:
         {"scheduler": {"token_budget": 1, "max_num_seqs": 3}},
         {"block_size": 1, "scheduler": {"token_budget": 32}},
         {"enable_prefix_caching": False, "scheduler": {"token_budget": 7, "max_num_partial_prefills": 2}},
+        {"tensor_parallel_size": 2},
     ],
-    ids=["plain", "small-chunks", "budget-1", "block-size-1", "no-prefix-cache"],
+    ids=["plain", "small-chunks", "budget-1", "block-size-1", "no-prefix-cache", "two-ranks"],
 )
 def test_greedy_tokens_are_those_of_transformers(
     checkpoint: Path, references: list[list[int]], num_stages: int, settings: dict
@@ -157,6 +158,7 @@ def test_it_works_inside_a_running_event_loop(checkpoint: Path):
         ({"scheduler": {"policy": "sarahti"}}, r"unknown scheduler policy 'sarahti'; use one of \['sarathi'\]"),
         ({"max_model_len": 100_000}, "exceeds"),
         ({"num_gpu_blocks_override": 2}, "room for 32 tokens"),
+        ({"tensor_parallel_size": 3}, r"cannot be split over tensor_parallel_size=3; use one of \[1, 2, 4\]"),
     ],
 )
 def test_impossible_settings_name_what_would_do(checkpoint: Path, settings: dict, message: str):

@@ -4,7 +4,11 @@ from collections import deque
 
 from rayserve_sarathi.kv.block_pool import BlockPool
 from rayserve_sarathi.kv.prefix_cache import extend_hashes
+from rayserve_sarathi.kv.prefix_marks import RecentPrefixes
 from rayserve_sarathi.request import Request
+
+_NUM_MARKS = 2048
+"""Marks of cached prefixes that are published: 16 KB, the beginnings of some 50 to 200 long prompts."""
 
 
 class BlockManager:
@@ -25,6 +29,7 @@ class BlockManager:
         self._num_watermark_blocks = int(watermark * num_blocks)
         self._enable_prefix_caching = enable_prefix_caching
         self._pending: deque[tuple[Request, int]] = deque()
+        self._recent = RecentPrefixes(_NUM_MARKS)
 
     @property
     def num_blocks(self) -> int:
@@ -79,6 +84,7 @@ class BlockManager:
             return False
         for block in prefix:
             self._pool.share(block)
+        self._recent.note(request.block_hashes)
         request.block_table.extend(prefix)
         request.block_table.extend(self._pool.allocate() for _ in range(num_new))
         return True
@@ -121,9 +127,19 @@ class BlockManager:
 
     def free(self, request: Request) -> None:
         """Take all blocks of `request` back; the end of its sequence will be evicted before the beginning."""
+        self._recent.note(request.block_hashes)
         for block in reversed(request.block_table):
             self._pool.release(block)
         del request.block_table[:]
+
+    def pack_marks(self) -> bytes:
+        """Return the marks of the prefixes that were used last and are cached; see `prefix_marks.unpack_marks`."""
+        return self._recent.pack(lambda name: self._pool.find(name) is not None)
+
+    def forget_content(self) -> None:
+        """Forget which prefixes are cached, as the pools are new. No request may hold a block."""
+        self._pending.clear()
+        self._pool.forget_names()
 
     def check_integrity(self, requests: list[Request]) -> None:
         """Raise AssertionError unless the blocks of `requests` and the free ones are exactly the pool."""

@@ -76,6 +76,14 @@ class BlockPool:
             self._block_of[name] = block
             self._name_of[block] = name
 
+    def forget_names(self) -> None:
+        """Make every block empty; none may be held."""
+        assert self.num_free_blocks == self.num_blocks, f"{self.num_blocks - self.num_free_blocks} blocks are held"
+        self._empty += self._named_free
+        self._named_free.clear()
+        self._name_of.clear()
+        self._block_of.clear()
+
     def check_integrity(self, held: dict[int, int]) -> None:
         """Raise AssertionError unless `held` (block -> number of holders) and the pool's books agree on every block."""
         free = [*self._empty, *self._named_free]

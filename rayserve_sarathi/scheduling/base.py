@@ -167,7 +167,12 @@ class Scheduler(ABC):
         assert (step_id, epoch) == oldest, f"step {step_id} of epoch {epoch} came back, but the oldest is {oldest}"
         step = self._in_flight.pop(step_id)
         num_decodes = len(step.decodes)
-        error = step_output.error or self._find_fault(step_output, num_decodes + len(step.sampled_prefills))
+        fault = step_output.fault
+        error = (
+            fault.message
+            if fault is not None
+            else self._find_fault(step_output, num_decodes + len(step.sampled_prefills))
+        )
         if error is not None:
             return self._fail_step(step, error, now_s)
         token_ids = step_output.token_ids.tolist()
@@ -181,6 +186,26 @@ class Scheduler(ABC):
         outputs += self._update_prefills(step.prefills, token_of, now_s)
         self._blocks.share_pending(max(_MIN_SHARED_LATER, 2 * num_decodes // self._blocks.block_size))
         return _attach_logprobs(outputs, step, step_output) if step_output.logprobs else outputs
+
+    def restart(self) -> int:
+        """Begin a new epoch: the pipeline was rebuilt, and with it all KV and every step in flight is gone.
+
+        What ran waits again, in order of arrival, and is computed anew.
+
+        Returns:
+            The new epoch, that of all steps from now on.
+        """
+        for step in self._in_flight.values():
+            for request in (*step.decodes, *step.prefills):
+                request.num_in_flight_tokens = 0
+                if request.is_aborted:
+                    self._blocks.free(request)
+        self._in_flight.clear()
+        for request in tuple(self.running):
+            self._put_back(request)
+        self._blocks.forget_content()
+        self._epoch += 1
+        return self._epoch
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -200,6 +225,10 @@ class Scheduler(ABC):
             token_budget=self.config.token_budget,
         )
 
+    def pack_marks(self) -> bytes:
+        """Return what tells others which prefixes are cached here; see `BlockManager.pack_marks`."""
+        return self._blocks.pack_marks()
+
     @property
     def num_waiting(self) -> int:
         """Requests that have never run."""
@@ -215,14 +244,12 @@ class Scheduler(ABC):
         """Yield the ids of the requests that have not ended."""
         yield from self._requests
 
-    def fail_all(self, error: str) -> list[RequestOutput]:
+    def lose_all(self, error: str) -> list[RequestOutput]:
         """End every request: nothing computes any more."""
         requests = list(self._requests.values())
         for request in requests:
-            self._finish(request, FinishReason.ERROR)
-        return [
-            RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error) for request in requests
-        ]
+            self._finish(request, FinishReason.LOST)
+        return [RequestOutput(request.request_id, finish_reason=FinishReason.LOST, error=error) for request in requests]
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, blocks and steps in flight agree; costs time proportional to the pool."""
@@ -325,15 +352,19 @@ class Scheduler(ABC):
 
     def _preempt(self, request: Request) -> None:
         assert not request.num_in_flight_tokens, f"{request} is in flight and cannot be preempted"
+        self._put_back(request)
+        self.metrics.num_preemptions += 1
+        request.num_preemptions += 1
+        self._just_preempted = True
+
+    def _put_back(self, request: Request) -> None:
+        """Let a running request wait again, without its blocks."""
         self.running.remove(request)
         self._blocks.free(request)
-        self.metrics.num_preemptions += 1
         request.num_lost_tokens = request.num_computed_tokens
         request.num_computed_tokens = 0
-        request.num_preemptions += 1
         request.prompt_logprobs.clear()
         self._queue.put_back(request)
-        self._just_preempted = True
 
     def _update_decodes(self, decodes: list[Request], token_ids: list[int], now_s: float) -> list[RequestOutput]:
         """The hot path: every line here runs once per generated token."""
@@ -445,6 +476,8 @@ class Scheduler(ABC):
                 self.metrics.request_decode_time_s.observe(now_s - request.first_token_s)
 
     def _find_fault(self, step_output: StepOutput, num_samples: int) -> str | None:
+        if step_output.fault is not None:
+            return step_output.fault.message
         token_ids = step_output.token_ids
         if token_ids.shape != (num_samples,):
             return f"the last stage returned tokens of shape {token_ids.shape} for {num_samples} requests"

@@ -21,6 +21,8 @@ class Driver:
         self.finished: dict[str, FinishReason] = {}
         self.steps: list[StepInput] = []
         self.now_s = 0.0
+        self._num_blocks = num_blocks
+        self._block_size = block_size
         self._model = HashModel(num_blocks=num_blocks, block_size=block_size)
         self._pending: deque[StepOutput] = deque()
 
@@ -52,6 +54,13 @@ class Driver:
             if output.finish_reason is not None:
                 assert output.request_id not in self.finished, "finished twice"
                 self.finished[output.request_id] = output.finish_reason
+        self.scheduler.check_integrity()
+
+    def restart(self) -> None:
+        """Lose the pipeline: its steps and all its KV."""
+        self._pending.clear()
+        self._model = HashModel(num_blocks=self._num_blocks, block_size=self._block_size)
+        self.scheduler.restart()
         self.scheduler.check_integrity()
 
     def run(self, max_steps: int = 10_000) -> None:

@@ -1,4 +1,4 @@
-"""What every policy promises on random traffic, with steps in flight, random aborts and too small a KV pool."""
+"""What every policy promises on random traffic, with steps in flight, aborts, lost pipelines and little KV."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,9 @@ traffic = st.fixed_dictionaries(
             min_size=1,
             max_size=12,
         ),
-        "actions": st.lists(st.sampled_from(["add", "submit", "submit", "land", "land", "abort"]), max_size=80),
+        "actions": st.lists(
+            st.sampled_from(["add", "submit", "submit", "land", "land", "abort", "restart"]), max_size=80
+        ),
         "seed": st.integers(0, 2**16),
     }
 )
@@ -67,6 +69,8 @@ def test_random_traffic(policy: str, case: dict):
             submit_and_check(driver, case["num_decode_groups"])
         elif action == "land" and driver.num_in_flight:
             driver.land()
+        elif action == "restart":
+            driver.restart()
         elif action == "abort" and (alive := sorted(scheduler.request_ids())):
             victim = alive[int(rng.integers(len(alive)))]
             aborted.add(victim)

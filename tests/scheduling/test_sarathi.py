@@ -5,9 +5,11 @@ import pytest
 
 from rayserve_sarathi.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from rayserve_sarathi.request import FinishReason, Request, TokenLogprobs
-from rayserve_sarathi.step import StepInput, StepOutput
+from rayserve_sarathi.step import StepFault, StepInput, StepOutput
 from tests.factories import VOCAB_SIZE, expected, make_request, make_scheduler
 from tests.scheduling.driver import Driver
+
+BROKEN = StepFault(message="broken", stage=0)
 
 
 def make_driver(num_blocks: int = 64, block_size: int = 4, **config: object) -> Driver:
@@ -184,7 +186,7 @@ def test_what_an_aborted_or_failed_step_computed_is_not_shared():
     step = driver.submit()
     assert step is not None
     assert tokens_of(step) == {"failed": 20}
-    driver.scheduler.update(StepOutput(step_id=1, epoch=0, token_ids=step.token_ids[:0], error="broken"), 1.0)
+    driver.scheduler.update(StepOutput(step_id=1, epoch=0, token_ids=step.token_ids[:0], fault=BROKEN), 1.0)
     driver.scheduler.add(make_request("next", prompt=range(20)))
 
     assert tokens_of(driver.scheduler.schedule(2.0)) == {"next": 20}
@@ -196,7 +198,7 @@ def test_a_failed_chunk_ends_a_request_whose_later_chunks_are_in_flight():
     steps = [driver.submit() for _ in range(3)]
     assert steps[2] is not None
     nothing = steps[2].token_ids[:0]
-    outputs = driver.scheduler.update(StepOutput(step_id=0, epoch=0, token_ids=nothing, error="broken"), 1.0)
+    outputs = driver.scheduler.update(StepOutput(step_id=0, epoch=0, token_ids=nothing, fault=BROKEN), 1.0)
 
     assert [output.finish_reason for output in outputs] == [FinishReason.ERROR]
     assert driver.scheduler.state().kv_cache_usage > 0
@@ -288,6 +290,29 @@ def test_a_preempted_request_comes_before_those_that_never_ran():
 
     assert driver.scheduler.metrics.num_preemptions > 0
     assert list(driver.finished) == ["old", "new", "last"]
+
+
+def test_after_a_restart_everything_is_computed_anew_and_nothing_is_found_in_the_cache():
+    driver = make_driver(token_budget=8, max_steps_in_flight=2)
+    driver.add(make_request("finished", prompt=range(8), max_tokens=1))
+    driver.run()
+    driver.add(make_request("decoding", prompt=range(8, 16)))
+    driver.submit()
+    driver.land()
+    driver.add(make_request("same-prefix", prompt=range(20)))
+    driver.submit()
+    driver.scheduler.abort("same-prefix")
+    driver.restart()
+    driver.add(make_request("again", prompt=range(20)))
+    step = driver.submit()
+
+    assert step is not None
+    assert step.epoch == 1
+    assert tokens_of(step) == {"decoding": 8}
+    assert driver.scheduler.metrics.num_recomputed_tokens == 8
+    driver.run()
+    assert driver.tokens["decoding"] == expected(range(8, 16), 16)
+    assert driver.tokens["again"] == expected(range(20), 16)
 
 
 def test_a_result_of_another_epoch_or_order_is_a_bug():
@@ -505,12 +530,12 @@ def test_a_failed_step_ends_its_requests_and_no_other():
     driver.add(make_request("good", prompt=8))
     step = driver.submit()
     assert step is not None and step.request_ids == ("bad",)
-    output = StepOutput(step_id=0, epoch=0, token_ids=step.token_ids[:0], error="out of memory")
+    output = StepOutput(step_id=0, epoch=0, token_ids=step.token_ids[:0], fault=BROKEN)
 
     outputs = driver.scheduler.update(output, 1.0)
 
     assert [(output.request_id, output.finish_reason, output.error) for output in outputs] == [
-        ("bad", FinishReason.ERROR, "out of memory")
+        ("bad", FinishReason.ERROR, "broken")
     ]
     assert list(driver.scheduler.request_ids()) == ["good"]
     driver.scheduler.check_integrity()

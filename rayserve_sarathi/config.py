@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from rayserve_sarathi.errors import ConfigError
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +61,17 @@ class EngineConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
     tokenizer: str | None = None
-    """Local folder or hub id; None takes the model's."""
+    """Local folder or hub id, or `sarathi-tiny`; None takes the model's."""
     chat_template: str | None = None
     """Path of a Jinja file that replaces the tokenizer's own chat template."""
     served_model_name: str | None = None
     """What clients call it; None takes `model`."""
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    """`dummy` fills the weights with random numbers from `seed`."""
+    """`dummy` fills the weights with random numbers from `seed`; the folder of `model` then needs only a
+    `config.json`."""
+    hf_overrides: Mapping[str, JsonValue] = field(default_factory=dict)
+    """Values that replace keys of the checkpoint's `config.json`, whole, for instance to try a large model's deployment
+    with few layers. A key that neither the file nor its family knows is refused."""
     dtype: Dtype = "auto"
     """`auto` takes the checkpoint's on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -78,20 +83,50 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     """KV blocks of each stage; None fills `kv_cache_memory_bytes`."""
     kv_cache_memory_bytes: int | None = None
-    """KV memory of each stage; None takes what `gpu_memory_utilization` leaves on a GPU, and on a CPU as much as
-    `max_num_seqs` requests of `max_model_len` need but, over all stages, at most a quarter of the free memory."""
+    """KV memory of each rank of each stage; None takes what `gpu_memory_utilization` leaves on a GPU, and on a CPU as
+    much as `max_num_seqs` requests of `max_model_len` need but, over all of them, at most a quarter of the free
+    memory."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that a stage may take, for weights, activations and KV cache together."""
     enable_prefix_caching: bool = True
     """Whether requests share the KV of equal beginnings."""
     attention_backend: str = "auto"
     """See `kernels.attention.ATTENTION_BACKENDS`."""
+    tensor_parallel_size: int = 1
+    """Ranks of a stage that share each of its layers."""
     pipeline_parallel_size: int = 1
     """Stages that share the layers."""
-    transport: Literal["compiled_graph", "inline"] = "compiled_graph"
-    """How steps reach the stages: Ray compiled graphs between actors, or `inline` on a thread of the scheduler."""
+    num_cpus_per_rank: float | None = None
+    """CPUs that each rank of a stage reserves; None takes 1 beside a GPU, and a quarter without one, so that a pipeline
+    finds place on a laptop. It does not set the number of threads: ranks share the cores of their machine."""
+    placement_strategy: PlacementStrategy = "PACK"
+    """How the stages of a pipeline spread over nodes. The ranks of a stage always share one. `PACK` takes as few nodes
+    as it can and `SPREAD` as many; `STRICT_PACK` insists on one node for all, `STRICT_SPREAD` on one for each stage and
+    one more for the scheduler."""
+    wait_for_nodes: bool = False
+    """Whether to start although the cluster, as it is, could never hold a pipeline: for clusters that add nodes when
+    something waits for them, or deploy before their nodes are there, as KubeRay does. Otherwise such a deployment is
+    refused. Where no GPU is there yet it needs a `device` that is not `auto`."""
+    transport: Literal["auto", "compiled_graph", "socket", "inline"] = "auto"
+    """How steps reach the stages: `compiled_graph`, Ray's channels between actors; `socket`, connections of our own
+    between actors; `inline`, on a thread of the scheduler. Between GPUs the tensors of both go by NCCL. `auto` takes
+    compiled graphs on GPUs that are on one node for certain (`STRICT_PACK`), and sockets otherwise: between nodes Ray's
+    may stand still (2.60, ray-project/ray#58426), and on CPUs sockets cost less."""
     step_timeout_s: float = 300.0
     """A step that takes longer fails its pipeline; the first ones compile and warm up."""
+    heartbeat_timeout_s: float = 30.0
+    """A stage that gives no sign of life for this long is replaced."""
+    placement_timeout_s: float = 300.0
+    """How long stages may take to find their place, at the start and when one is replaced. A pipeline that has waited
+    longer for its place makes requests fail with the reason."""
+    load_timeout_s: float = 3600.0
+    """How long stages that have their place may take to read their weights, or to fetch them from the hub: at the first
+    start hundreds of GB may come over the network."""
+    max_rebuilds: int = 5
+    """A pipeline that fails more often than this within `rebuild_window_s` is given up: its requests get an error, and
+    the process of its scheduler ends."""
+    rebuild_window_s: float = 600.0
+    """See `max_rebuilds`. A pipeline that does not come back within this time is given up as well."""
     seed: int = 0
     """Seed of dummy weights, and of requests that bring none."""
     trust_remote_code: bool = False
@@ -104,11 +139,13 @@ class EngineConfig:
         for name in ("revision", "tokenizer", "chat_template", "served_model_name"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} is empty; leave it out to take the default")
-        for name in ("block_size", "pipeline_parallel_size"):
+        for name in ("block_size", "pipeline_parallel_size", "tensor_parallel_size"):
             _check_at_least(name, getattr(self, name), 1)
         for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
             if (value := getattr(self, name)) is not None:
                 _check_at_least(name, value, 1)
+        if self.num_cpus_per_rank is not None and not 0 < self.num_cpus_per_rank < math.inf:
+            raise ConfigError(f"num_cpus_per_rank must be a number greater than 0, got {self.num_cpus_per_rank}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization must be greater than 0 and at most 1, got {self.gpu_memory_utilization}"
@@ -117,7 +154,20 @@ class EngineConfig:
             raise ConfigError(
                 "num_gpu_blocks_override and kv_cache_memory_bytes both set the KV cache's size; give one"
             )
-        _check_seconds("step_timeout_s", self.step_timeout_s)
+        if self.transport == "inline" and self.device == "cuda" and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size} with transport inline runs on CPUs only, its ranks"
+                " being threads; use device: cpu, or another transport"
+            )
+        for name in (
+            "step_timeout_s",
+            "heartbeat_timeout_s",
+            "placement_timeout_s",
+            "load_timeout_s",
+            "rebuild_window_s",
+        ):
+            _check_seconds(name, getattr(self, name))
+        _check_at_least("max_rebuilds", self.max_rebuilds, 0)
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be at least 0 and less than 2**63, got {self.seed}")
 
@@ -135,6 +185,8 @@ class IngressConfig:
 
     api_keys: tuple[str, ...] = ()
     """Keys that clients must show as `Authorization: Bearer ...`; none leaves the server open."""
+    admin_keys: tuple[str, ...] = ()
+    """Keys that open every route, and as the only ones those under `/debug`; none leaves `/debug` out."""
     max_body_bytes: int = 4 * 1024 * 1024
     """Largest body of a request."""
     max_prompts_per_request: int = 256
@@ -143,13 +195,21 @@ class IngressConfig:
     """Largest `n`."""
     request_timeout_s: float = 3600.0
     """A request is cancelled after this long; `x-request-timeout-seconds` may shorten it."""
+    pipeline_timeout_s: float = 60.0
+    """How long a request waits for a pipeline where none takes it: after a scheduler died, or until one that scales up
+    from zero is ready. Then it fails with 503."""
 
     def __post_init__(self) -> None:
         if any(not key for key in self.api_keys):
             raise ConfigError("api_keys holds an empty key; remove it or leave api_keys out to open the server")
+        if any(not key for key in self.admin_keys):
+            raise ConfigError("admin_keys holds an empty key; remove it or leave admin_keys out to close /debug")
+        if set(self.api_keys) & set(self.admin_keys):
+            raise ConfigError("a key is in both api_keys and admin_keys; an admin key opens every route by itself")
         for name in ("max_body_bytes", "max_prompts_per_request", "max_num_choices"):
             _check_at_least(name, getattr(self, name), 1)
         _check_seconds("request_timeout_s", self.request_timeout_s)
+        _check_seconds("pipeline_timeout_s", self.pipeline_timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +242,7 @@ def parse(cls: type[_Config], settings: Mapping[str, Any]) -> _Config:
         return TypeAdapter(cls).validate_json(json.dumps(settings, default=str))
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: {problem['msg'].lower()}"
+            f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: {_lower_first(problem['msg'])}"
             + ("" if problem["type"] == "missing" else f", got {problem['input']!r}")
             for problem in error.errors()
         ]
@@ -199,6 +259,10 @@ def _refuse_unknown_keys(cls: type, settings: Mapping[str, Any], *, path: str) -
             raise ConfigError(f"unknown setting {path}{key}; {hint}")
         if is_dataclass(hints[key]) and isinstance(value, Mapping):
             _refuse_unknown_keys(hints[key], value, path=f"{path}{key}.")
+
+
+def _lower_first(message: str) -> str:
+    return message[:1].lower() + message[1:]
 
 
 def _check_at_least(name: str, value: int, low: int) -> None:

@@ -12,17 +12,26 @@ PACKAGE = ROOT / "rayserve_sarathi"
 
 # Each layer may import those after it, and itself.
 LAYERS = [
+    {"cli"},
     {"actors"},
-    {"llm"},
-    {"openai", "engine"},
-    {"execution", "scheduling", "text"},
-    {"models", "kv"},
+    {"doctor", "llm", "trace_command"},
+    {"openai", "local_engine"},
+    {"engine"},
+    {"execution", "scheduling", "text", "routing", "placement_wait"},
+    {"models", "kv", "placement"},
     {"config"},
-    {"step", "metrics"},
-    {"request", "registry"},
+    {"load_report", "tracing"},
+    {"metrics", "step_log"},
+    {"step", "stage_times"},
+    {"links", "request", "registry"},
     {"errors", "kernels"},
 ]
-SIBLINGS_THAT_NEVER_MEET = [("scheduling", "execution"), ("openai", "engine"), ("text", "execution")]
+SIBLINGS_THAT_NEVER_MEET = [
+    ("scheduling", "execution"),
+    ("openai", "engine"),
+    ("openai", "local_engine"),
+    ("text", "execution"),
+]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 
@@ -73,12 +82,15 @@ def test_only_actors_know_ray(path: Path):
     "module",
     [
         "rayserve_sarathi",
+        "rayserve_sarathi.cli",
         "rayserve_sarathi.config",
+        "rayserve_sarathi.placement",
         "rayserve_sarathi.step",
         "rayserve_sarathi.metrics",
         "rayserve_sarathi.scheduling.sarathi",
         "rayserve_sarathi.models.resolve",
         "rayserve_sarathi.engine",
+        "rayserve_sarathi.execution.socket_pipeline",
         "rayserve_sarathi.openai.server",
     ],
 )

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from rayserve_sarathi.request import RequestOutput, SamplingParams
+from rayserve_sarathi.step_log import PipelineTrace
 
 
 class EngineClient(Protocol):
@@ -53,3 +54,6 @@ class EngineClient(Protocol):
 
     async def metrics(self) -> str:
         """Return the engine's metrics in Prometheus's text format."""
+
+    async def trace(self) -> list[PipelineTrace]:
+        """Return the last steps of each pipeline that answers."""

@@ -87,6 +87,12 @@ class HttpError(SarathiError):
         return cls(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     @classmethod
+    def no_admin_key(cls) -> "HttpError":
+        """A key that opens other routes, or none, where an admin key is needed."""
+        message = "this path needs an admin key; send one of ingress.admin_keys as 'Authorization: Bearer <key>'"
+        return cls(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    @classmethod
     def invalid_header(cls, problem: str) -> "HttpError":
         """A header has a value that means nothing."""
         return cls(400, problem, code="invalid_value")

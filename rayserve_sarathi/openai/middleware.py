@@ -7,6 +7,7 @@ import hmac
 import logging
 import uuid
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -86,36 +87,53 @@ def _log(error: Exception, answer: ErrorAnswer, request_id: str) -> None:
         logger.info("request %s: %d %s", request_id, answer.status, answer.code)
 
 
+class _Owner(NamedTuple):
+    tenant: str
+    is_admin: bool
+
+
 class ApiKeyMiddleware:
-    """Lets nobody without a key past, but to the health checks.
+    """Lets nobody without a key past, but to the health checks, and says in the request's state who it is.
 
     With several keys, each is a tenant of its own, whose cached prefixes the others cannot time.
+
+    Args:
+        app: What it guards.
+        api_keys: None lets everybody past.
+        admin_keys: They open all that the others do; a route may ask for one by `state.is_admin`.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], admin_keys: Sequence[str] = ()) -> None:
         self._app = app
-        self._keys = [(key.encode(), _tenant(key) if len(api_keys) > 1 else "") for key in api_keys]
+        self._is_open = not api_keys
+        has_tenants = bool(api_keys) and len(api_keys) + len(admin_keys) > 1
+        self._keys = [
+            (key.encode(), _Owner(_tenant(key) if has_tenants else "", is_admin))
+            for keys, is_admin in ((api_keys, False), (admin_keys, True))
+            for key in keys
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one exchange."""
         if scope["type"] == "http" and self._keys and not _is_health_check(scope):
-            tenant = self._find_tenant(Headers(scope=scope).getlist("authorization"))
-            if tenant is None:
+            owner = self._find_owner(Headers(scope=scope).getlist("authorization"))
+            if owner is not None:
+                scope.setdefault("state", {}).update(owner._asdict())
+            elif not self._is_open:
                 raise HttpError.invalid_api_key()
-            scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)
 
-    def _find_tenant(self, authorizations: Iterable[str]) -> str | None:
+    def _find_owner(self, authorizations: Iterable[str]) -> _Owner | None:
         """Return whose key was shown; None for nobody's. Takes as long whichever key it is."""
-        tenant: str | None = None
+        found: _Owner | None = None
         for authorization in authorizations:
             scheme, _, shown = authorization.partition(" ")
             for key, owner in self._keys:
                 # Headers are Latin-1 on the wire, keys UTF-8 in the settings.
                 is_equal = hmac.compare_digest(shown.strip().encode("latin-1"), key)
                 if is_equal and scheme.lower() == "bearer":
-                    tenant = owner
-        return tenant
+                    found = owner
+        return found
 
 
 def _tenant(key: str) -> str:

@@ -171,3 +171,10 @@ class HealthResponse(_Answer):
     """Answer of `/health`."""
 
     status: Literal["ready"]
+
+
+class TraceResponse(_Answer):
+    """Answer of `/debug/trace`, in Chrome's trace event format."""
+
+    displayTimeUnit: Literal["ms"]  # noqa: N815  # the format's name
+    traceEvents: list[dict[str, object]]  # noqa: N815  # the format's name

@@ -17,7 +17,7 @@ from rayserve_sarathi.errors import EngineDeadError
 from rayserve_sarathi.openai import responses
 from rayserve_sarathi.openai.answers import JsonObject
 from rayserve_sarathi.openai.engine_client import EngineClient
-from rayserve_sarathi.openai.errors import describe
+from rayserve_sarathi.openai.errors import HttpError, describe
 from rayserve_sarathi.openai.exchange import (
     EVENT_STREAM,
     EventStream,
@@ -39,6 +39,7 @@ from rayserve_sarathi.openai.protocol import (
 )
 from rayserve_sarathi.openai.service import OpenAIService
 from rayserve_sarathi.text.tokenizer import Tokenizer
+from rayserve_sarathi.tracing import render_chrome_trace
 
 _HEALTH_TIMEOUT_S = 10.0
 _MANY_BYTES = 10_000
@@ -91,9 +92,11 @@ def build_service_app(service: OpenAIService, config: IngressConfig) -> FastAPI:
     _get(app, "/health", routes.health, responses.HealthResponse)
     _get(app, "/health/ready", routes.health, responses.HealthResponse)
     _get(app, "/metrics", routes.metrics, None)
+    if config.admin_keys:
+        _get(app, "/debug/trace", routes.trace, responses.TraceResponse)
     app.add_exception_handler(HTTPException, _answer_routing_error)
     # The last one added is the outermost.
-    app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
+    app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys, admin_keys=config.admin_keys)
     app.add_middleware(ErrorMiddleware)
     app.openapi = lambda: _openapi(app, config)  # type: ignore[method-assign]  # FastAPI's documented way to change its schema
     return app
@@ -137,6 +140,12 @@ class _Routes:
 
     async def metrics(self) -> Response:
         return Response(await self._service.engine.metrics(), media_type=_PROMETHEUS)
+
+    async def trace(self, request: Request) -> Response:
+        if not getattr(request.state, "is_admin", False):
+            raise HttpError.no_admin_key()
+        traces = await self._service.engine.trace()
+        return Response(await asyncio.to_thread(render_chrome_trace, traces), media_type="application/json")
 
     async def _read_body(self, request: Request, until_s: float = math.inf) -> dict[str, object]:
         return await read_json_object(
@@ -236,9 +245,12 @@ def _openapi(app: FastAPI, config: IngressConfig) -> dict[str, Any]:
                 operation["responses"].pop("422", None)  # FastAPI's own shape of errors, which is never sent
                 if path.endswith("completions"):
                     operation["parameters"] = [_TIMEOUT_HEADER]
-        if config.api_keys:
+        if config.api_keys or config.admin_keys:
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        if config.api_keys:
             schema["security"] = [{"key": []}]
+        if config.admin_keys:
+            schema["paths"]["/debug/trace"]["get"]["security"] = [{"key": []}]
         app.openapi_schema = schema
     return app.openapi_schema
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rayserve_sarathi.errors import SarathiError
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from rayserve_sarathi.step_log import PipelineTrace, StepRecord
 
 TIMEOUT_S = 5.0
 
@@ -66,6 +67,9 @@ class ScriptedEngine:
 
     async def metrics(self) -> str:
         return "sarathi_num_requests_running 0\n"
+
+    async def trace(self) -> list[PipelineTrace]:
+        return [one_step_trace(pipeline) for pipeline in ("a", "b")]
 
     async def generate(
         self,
@@ -135,6 +139,21 @@ class ScriptedEngine:
                 prompt_logprobs=prompt_logprobs if start == 0 else None,
                 num_cached_tokens=self.num_cached_tokens,
             )
+
+
+def one_step_trace(pipeline: str) -> PipelineTrace:
+    """A pipeline that has run one step, through two stages."""
+    record = StepRecord(
+        step_id=7,
+        epoch=0,
+        num_decodes=1,
+        num_prefill_tokens=30,
+        request_ids=("request-1", "request-2"),
+        submit_s=1.0,
+        stages=((1.001, 1.002, 1.010), (1.011, 1.012, 1.020)),
+        back_s=1.021,
+    )
+    return PipelineTrace(pipeline=pipeline, now_s=2.0, records=(record,))
 
 
 def logprobs_of(token_id: int, num_logprobs: int) -> TokenLogprobs:

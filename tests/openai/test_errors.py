@@ -24,6 +24,7 @@ TABLE = [
     (HttpError.unsupported_media_type("no"), 415, "invalid_request_error", "unsupported_media_type"),
     (HttpError.request_too_large(10), 413, "invalid_request_error", "request_too_large"),
     (HttpError.invalid_api_key(), 401, "invalid_request_error", "invalid_api_key"),
+    (HttpError.no_admin_key(), 401, "invalid_request_error", "invalid_api_key"),
     (InvalidRequestError("no", param="n"), 400, "invalid_request_error", "invalid_value"),
     (UnsupportedParameterError("no", param="n"), 400, "invalid_request_error", "unsupported_parameter"),
     (ModelNotFoundError("no"), 404, "invalid_request_error", "model_not_found"),

@@ -106,6 +106,42 @@ async def test_keys_do_not_share_cached_prefixes(make_api):
     assert "one" not in salts[0]
 
 
+async def test_without_admin_keys_there_is_no_trace(make_api):
+    open_api, closed_api = make_api(), make_api(config=IngressConfig(api_keys=("user",)))
+
+    assert (await get(open_api.app, "/debug/trace")).status == 404
+    assert (await get(closed_api.app, "/debug/trace", headers=bearer("user"))).status == 404
+    assert (await get(closed_api.app, "/debug/trace")).status == 401
+
+
+@pytest.mark.parametrize("api_keys", [(), ("user",), ("user", "other")])
+@pytest.mark.parametrize("headers", [{}, bearer("user"), bearer("adm"), {"authorization": "Basic admin"}])
+async def test_only_an_admin_key_opens_the_trace(make_api, api_keys, headers):
+    api = make_api(config=IngressConfig(api_keys=api_keys, admin_keys=("admin", "chief")))
+
+    for method in ("GET", "HEAD"):
+        answer = await call(api.app, "/debug/trace", b"", method=method, headers=headers)
+        assert answer.status == 401
+        assert "www-authenticate" in answer.headers
+    assert (await get(api.app, "/debug/trace", headers=bearer("chief"))).status == 200
+
+
+async def test_an_admin_key_opens_every_route_as_a_tenant_of_its_own(make_api):
+    api = make_api(config=IngressConfig(api_keys=("user",), admin_keys=("admin",)))
+    for key in ("user", "admin", "user"):
+        assert (await call(api.app, "/v1/completions", BODY, headers=bearer(key))).status == 200
+
+    salts = [asked.cache_salt for asked in api.engine.asked]
+    assert salts[0] == salts[2] != salts[1]
+
+
+async def test_admin_keys_alone_leave_the_other_routes_open(make_api):
+    api = make_api(config=IngressConfig(admin_keys=("admin",)))
+
+    assert (await get(api.app, "/v1/models")).status == 200
+    assert (await get(api.app, "/v1/models", headers=bearer("wrong"))).status == 200
+
+
 async def test_an_unforeseen_error_is_logged_with_its_id_and_not_told(make_api, caplog):
     api = make_api(raises=RuntimeError("/secret/path"))
     with caplog.at_level(logging.ERROR):

@@ -4,6 +4,7 @@ import pytest
 
 from rayserve_sarathi.config import IngressConfig
 from rayserve_sarathi.errors import EngineDeadError, OverloadedError
+from rayserve_sarathi.openai import responses
 from rayserve_sarathi.openai.fields import IGNORED_FIELDS, OFF_VALUES
 from rayserve_sarathi.openai.protocol import CompletionRequest
 from tests.openai.asgi_call import call, get
@@ -79,6 +80,24 @@ async def test_metrics_are_the_engines_text(make_api):
 
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert answer.body == b"sarathi_num_requests_running 0\n"
+
+
+async def test_a_trace_is_that_of_all_pipelines(make_api):
+    api = make_api(config=IngressConfig(admin_keys=("admin",)))
+    answer = await get(api.app, "/debug/trace", headers={"authorization": "Bearer admin"})
+
+    responses.TraceResponse.model_validate(answer.json())
+    assert answer.headers["content-type"] == "application/json"
+    assert {event["pid"] for event in answer.json()["traceEvents"]} == {0, 1}
+
+
+async def test_the_schema_has_the_trace_only_where_there_is_one(make_api):
+    api = make_api(config=IngressConfig(admin_keys=("admin",)))
+    schema = (await get(api.app, "/openapi.json")).json()
+
+    assert schema["paths"]["/debug/trace"]["get"]["security"] == [{"key": []}]
+    assert "security" not in schema
+    assert "/debug/trace" not in (await get(make_api().app, "/openapi.json")).json()["paths"]
 
 
 async def test_text_becomes_tokens_and_tokens_text(make_api, tokenizer):

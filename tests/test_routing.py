@@ -1,0 +1,128 @@
+"""Which pipeline a request goes to."""
+
+from array import array
+
+from rayserve_sarathi.kv.prefix_marks import PrefixMarks, marks_of_prompt
+from rayserve_sarathi.routing import PipelineChooser, PipelineReport, Prompt, group_by_prefix
+
+BLOCK_SIZE = 4
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def prompt(first_token: int, num_tokens: int = 400) -> Prompt:
+    """Make a prompt that shares its beginning with others of the same first token alone."""
+    token_ids = array("i", [first_token] * num_tokens)
+    return Prompt(num_tokens=num_tokens, prefix=marks_of_prompt(token_ids, block_size=BLOCK_SIZE, cache_salt=""))
+
+
+def having(*prompts: Prompt, backlog: int = 0, num_open: int = 0, is_ready: bool = True) -> PipelineReport:
+    """Make the report of a pipeline that has the prompts in its cache."""
+    marks = b"".join(mark for cached in prompts for mark in cached.prefix.marks)
+    return PipelineReport(is_ready=is_ready, prefill_backlog_tokens=backlog, num_open_requests=num_open, marks=marks)
+
+
+def chooser_of(clock: Clock | None = None, **reports: PipelineReport) -> PipelineChooser:
+    chooser = PipelineChooser(clock=clock or Clock())
+    chooser.update(reports)
+    return chooser
+
+
+def test_a_request_goes_where_its_prefix_is_cached():
+    chooser = chooser_of(a=having(prompt(1)), b=having(prompt(2)))
+
+    assert chooser.choose("ab", [prompt(2)]) == "b"
+    assert chooser.choose("ab", [prompt(1)]) == "a"
+
+
+def test_the_longest_prefix_wins():
+    chooser = chooser_of(a=having(prompt(1, 100)), b=having(prompt(1, 300)))
+
+    assert chooser.choose("ab", [prompt(1, 400)]) == "b"
+
+
+def test_a_backlog_longer_than_twice_the_saved_tokens_is_avoided():
+    def choose(backlog: int) -> str:
+        return chooser_of(a=having(prompt(1), backlog=backlog), b=having()).choose("ab", [prompt(1)])
+
+    assert prompt(1).prefix.num_known_tokens(prompt(1).prefix.marks) == 384
+    assert choose(2 * 384) == "a"
+    assert choose(2 * 384 + 1) == "b"
+
+
+def test_an_unknown_prompt_goes_to_the_least_backlog():
+    assert chooser_of(a=having(backlog=50), b=having(backlog=40)).choose("ab", [prompt(1)]) == "b"
+    assert chooser_of(a=having(num_open=3), b=having(num_open=2)).choose("ab", [prompt(1)]) == "b"
+
+
+def test_a_short_prefix_that_all_share_does_not_gather_all_requests():
+    chooser = chooser_of(a=having(prompt(1, 17), num_open=20), b=having())
+
+    assert chooser.choose("ab", [prompt(1, 17)]) == "b"
+
+
+def test_requests_with_one_prefix_meet_before_any_report():
+    chooser = chooser_of(a=having(), b=having(), c=having())
+    first = chooser.choose("abc", [prompt(1)])
+
+    assert [chooser.choose("abc", [prompt(1)]) for _ in range(5)] == [first] * 5
+
+
+def test_a_burst_of_different_prompts_spreads_before_any_report():
+    chooser = chooser_of(a=having(), b=having(), c=having())
+
+    assert sorted(chooser.choose("abc", [prompt(index)]) for index in range(9)) == list("aaabbbccc")
+
+
+def test_different_prompts_one_after_another_use_all_pipelines():
+    clock = Clock()
+    chooser = chooser_of(clock, a=having(), b=having())
+    chosen = []
+    for index in range(4):
+        clock.now_s += 10  # what was sent before has been computed
+        chosen.append(chooser.choose("ab", [prompt(index)]))
+
+    assert sorted(chosen) == list("aabb")
+
+
+def test_what_was_sent_long_ago_is_believed_only_if_it_is_reported():
+    clock = Clock()
+    chooser = chooser_of(clock, a=having(), b=having())
+    assert chooser.choose("ab", [prompt(1)]) == "a"
+    clock.now_s = 60
+
+    assert chooser.choose("ab", [prompt(1)]) == "b"
+
+
+def test_a_pipeline_that_is_rebuilt_gets_nothing_while_another_computes():
+    chooser = chooser_of(a=having(prompt(1), is_ready=False), b=having(backlog=10_000))
+
+    assert chooser.choose("ab", [prompt(1)]) == "b"
+    assert chooser.choose("a", [prompt(1)]) == "a"
+
+
+def test_a_pipeline_that_has_not_reported_takes_requests():
+    assert PipelineChooser(clock=Clock()).choose("a", [prompt(1)]) == "a"
+
+
+def test_a_pipeline_that_is_gone_and_back_is_a_new_one():
+    chooser = chooser_of(a=having(), b=having())
+    assert chooser.choose("ab", [prompt(1)]) == "a"
+    chooser.update({"b": having()})
+    chooser.update({"a": having(), "b": having()})
+
+    assert chooser.choose("ba", [prompt(1)]) == "b"
+
+
+def test_requests_with_the_same_beginning_travel_together_and_few_in_a_call():
+    prompts = [prompt(index % 2) for index in range(18)] + [Prompt(num_tokens=3, prefix=PrefixMarks())]
+
+    groups = group_by_prefix(prompts, lambda item: item.prefix)
+
+    assert [len(group) for group in groups] == [8, 1, 8, 1, 1]
+    assert all(len({item.prefix.marks[:1] for item in group}) == 1 for group in groups)

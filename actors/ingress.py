@@ -1,5 +1,6 @@
 """The actor that clients talk to: HTTP, and the same calls through Ray handles."""
 
+import asyncio
 import gc
 import logging
 import time
@@ -13,9 +14,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayserve_sarathi.actors.logs import log_to_stderr
+from rayserve_sarathi.actors.placement_watch import PlacementWatch
 from rayserve_sarathi.actors.remote_engine import RemoteEngine
 from rayserve_sarathi.config import AppConfig
-from rayserve_sarathi.models.resolve import resolve_model
+from rayserve_sarathi.models.resolve import find_tokenizer, resolve_model
 from rayserve_sarathi.openai.model_card import ModelCard
 from rayserve_sarathi.openai.server import build_service_app
 from rayserve_sarathi.openai.service import OpenAIService
@@ -41,15 +43,20 @@ class OpenAIIngress:
         begin_s = time.monotonic()
         info = resolve_model(config)
         tokenizer = load_tokenizer(
-            config.tokenizer or str(info.root),
+            find_tokenizer(config, info),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             chat_template=config.chat_template,
         )
+        self._placement = PlacementWatch(serve.get_replica_context().app_name, config)
+        self._watching = asyncio.create_task(self._placement.run())
         self._engine = RemoteEngine(
             scheduler,
+            self._placement,
             ingress=serve.get_replica_context().replica_id.unique_id,
             max_num_waiting=config.scheduler.max_num_waiting,
+            block_size=config.block_size if config.enable_prefix_caching else None,
+            pipeline_timeout_s=config.ingress.pipeline_timeout_s,
         )
         card = ModelCard(
             name=config.model_name,

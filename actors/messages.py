@@ -1,9 +1,10 @@
 """What an ingress and a scheduler say to each other."""
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rayserve_sarathi.errors import SarathiError
+from rayserve_sarathi.kv.prefix_marks import PrefixMarks
 from rayserve_sarathi.request import RequestOutput, SamplingParams
 
 
@@ -15,6 +16,10 @@ class Submission:
     prompt_token_ids: "array[int]"
     sampling: SamplingParams
     cache_salt: str = ""
+    output_token_ids: "array[int]" = field(default_factory=lambda: array("i"))
+    """What an earlier scheduler generated, of a request whose pipeline was lost."""
+    prefix: PrefixMarks = field(default_factory=PrefixMarks)
+    """What the router compares with what each pipeline has cached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The scheduler actors as an engine client: submit, read one stream of outputs per pipeline, cancel."""
+"""The scheduler actors as an engine client: submit, read one stream of outputs per pipeline, cancel, submit again."""
 
 import asyncio
 import logging
@@ -7,14 +7,19 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from rayserve_sarathi.actors.messages import OutputBatch, Submission, SubmitReply
-from rayserve_sarathi.engine import Mailboxes
-from rayserve_sarathi.errors import EngineDeadError, SarathiError
+from rayserve_sarathi.actors.messages import OutputBatch, SubmitReply
+from rayserve_sarathi.actors.open_request import OpenRequest
+from rayserve_sarathi.actors.placement_watch import PlacementWatch
+from rayserve_sarathi.actors.standby import stands_by
+from rayserve_sarathi.errors import EngineDeadError, OverloadedError, SarathiError
+from rayserve_sarathi.kv.prefix_marks import PrefixMarks, marks_of_prompt
 from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
+from rayserve_sarathi.routing import group_by_prefix
+from rayserve_sarathi.step_log import PipelineTrace
 
 logger = logging.getLogger(__name__)
 
@@ -23,33 +28,56 @@ _CONTROL_TIMEOUT_S = 5.0
 _CLAIM_PERIOD_S = 5.0
 _SILENCE_S = 30.0
 """A stream of outputs shows every second that it is alive; if it does not for this long, its pipeline is lost."""
+_RETRY_S = 0.25
+_MAX_LOSSES = 3
+"""A request that has lost so many pipelines without a token between may be what kills them."""
 _CALL_ERRORS = (RayError, RayServeException, TimeoutError)
 
 
 class RemoteEngine:
     """See `openai.engine_client.EngineClient`.
 
-    Submissions of one moment travel in one call. Outputs of all requests at a pipeline come back through one stream,
-    open while there are any.
+    Submissions of one moment travel in one call or, where there are several pipelines, in one for each prefix, as a
+    call goes to one pipeline. Outputs of all requests at a pipeline come back through one stream, open while there are
+    any. When a pipeline is lost, its requests are submitted again with the tokens they got; a pipeline that has given
+    up by itself says so, and its requests fail.
 
     Args:
         scheduler: Handle of the scheduler deployment.
+        placement: Knows whether its pipelines have found their place.
         ingress: Name of this ingress, different from all others.
         max_num_waiting: Size of a scheduler's queue.
+        block_size: Tokens in a KV block; None if prefixes are not cached.
+        pipeline_timeout_s: How long a request waits for a pipeline that takes it.
     """
 
-    def __init__(self, scheduler: DeploymentHandle[Any], *, ingress: str, max_num_waiting: int) -> None:
+    def __init__(
+        self,
+        scheduler: DeploymentHandle[Any],
+        placement: PlacementWatch,
+        *,
+        ingress: str,
+        max_num_waiting: int,
+        block_size: int | None,
+        pipeline_timeout_s: float,
+    ) -> None:
         self._scheduler = scheduler
+        self._placement = placement
         self._ingress = ingress
         self._max_num_waiting = max_num_waiting
-        self._mailboxes = Mailboxes()
-        self._pipeline_of: dict[str, str] = {}
+        self._block_size = block_size
+        self._pipeline_timeout_s = pipeline_timeout_s
+        self._requests: dict[str, OpenRequest] = {}
+        self._open: dict[str, OpenRequest] = {}
+        """By attempt id, which is what a scheduler knows a request by."""
         self._streams: dict[str, asyncio.Task[None]] = {}
-        self._outbound: list[tuple[Submission, asyncio.Future[None]]] = []
+        self._outbound: list[OpenRequest] = []
         self._cancels: dict[str, list[str]] = {}
         self._stopped: set[str] = set()
         """Those among `_cancels` whose text is complete."""
         self._has_work = asyncio.Event()
+        self._num_pipelines = 1
+        """As many as answered last."""
         self._num_waiting = 0
         self._num_since_report = 0
         self._calls: set[asyncio.Task[None]] = set()
@@ -57,6 +85,7 @@ class RemoteEngine:
 
     async def check_capacity(self, num_requests: int) -> None:
         """See `EngineClient`. Asks the scheduler only if its queue might be full by what is known here."""
+        self._placement.check()
         self._num_since_report += num_requests
         if self._num_waiting + self._num_since_report > self._max_num_waiting:
             overload = await self._call_control(self._scheduler.find_overload.remote(num_requests))
@@ -73,35 +102,42 @@ class RemoteEngine:
         cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """See `EngineClient`."""
-        submission = Submission(
-            request_id=request_id,
-            prompt_token_ids=array("i", prompt_token_ids),
-            sampling=sampling,
-            cache_salt=cache_salt,
-        )
-        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._mailboxes.open(request_id)
-        self._outbound.append((submission, accepted))
-        self._has_work.set()
+        token_ids = array("i", prompt_token_ids)
+        if self._block_size is None or sampling.prompt_logprobs is not None:
+            prefix = PrefixMarks()
+        else:
+            prefix = marks_of_prompt(token_ids, block_size=self._block_size, cache_salt=cache_salt)
+        request = OpenRequest(request_id, token_ids, sampling, cache_salt=cache_salt, prefix=prefix)
+        self._requests[request_id] = request
+        self._dispatch(request)
         try:
-            await accepted
-            async for output in self._mailboxes.read(request_id):
+            async for output in request.read():
+                if output.finish_reason is not None:
+                    self._close(request)
                 yield output
         finally:
-            if self._mailboxes.close(request_id):
-                self._cancel(request_id)
-            self._pipeline_of.pop(request_id, None)
+            del self._requests[request_id]
+            if self._close(request):
+                self._cancel(request)
 
     def finish(self, request_id: str) -> None:
         """See `EngineClient`."""
-        if self._mailboxes.close(request_id):
-            self._stopped.add(request_id)
-            self._cancel(request_id)
+        request = self._requests.get(request_id)
+        if request is not None and self._close(request):
+            self._stopped.add(request.attempt_id)
+            self._cancel(request)
 
     async def check_ready(self) -> None:
-        """See `EngineClient`."""
+        """See `EngineClient`. Ready is also who has scaled to zero, as the next request starts a pipeline."""
         self.check_health()
-        await self._call_control(self._scheduler.check_health.remote())
+        self._placement.check()
+        # To all: a call to any one would wait while there is none, and so start one.
+        answers = await self._ask_all("check_ready")
+        if not answers and not await stands_by(self._scheduler.app_name, self._scheduler.deployment_name):
+            raise EngineDeadError("no pipeline is there")
+        if answers and all(isinstance(answer, Exception) for answer in answers):
+            fault = answers[0]
+            raise fault if isinstance(fault, SarathiError) else EngineDeadError(f"no pipeline answers ({fault!r})")
 
     def check_health(self) -> None:
         """Raise EngineDeadError if a loop of this object has ended, which only a bug of ours makes them do."""
@@ -111,14 +147,29 @@ class RemoteEngine:
 
     async def metrics(self) -> str:
         """See `EngineClient`. One section for each pipeline."""
-        call = self._scheduler.broadcast("snapshot").results_async(timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True)
-        answers = await self._call_control(call)
-        return render([answer for answer in answers if isinstance(answer, Snapshot)])
+        return render([answer for answer in await self._ask_all("snapshot") if isinstance(answer, Snapshot)])
 
-    def _cancel(self, request_id: str) -> None:
+    async def trace(self) -> list[PipelineTrace]:
+        """See `EngineClient`."""
+        return [answer for answer in await self._ask_all("trace") if isinstance(answer, PipelineTrace)]
+
+    def _dispatch(self, request: OpenRequest) -> None:
+        """Submit a request, for the first time or again."""
+        if request.is_closed:
+            return
+        self._open[request.begin_attempt()] = request
+        self._outbound.append(request)
+        self._has_work.set()
+
+    def _close(self, request: OpenRequest) -> bool:
+        """Forget a request; return whether it was open."""
+        request.is_closed = True
+        return self._open.pop(request.attempt_id, None) is not None
+
+    def _cancel(self, request: OpenRequest) -> None:
         # A request that no pipeline has taken yet is cancelled when one has, by `_submit`.
-        if (pipeline := self._pipeline_of.get(request_id)) is not None:
-            self._cancels.setdefault(pipeline, []).append(request_id)
+        if request.pipeline is not None:
+            self._cancels.setdefault(request.pipeline, []).append(request.attempt_id)
             self._has_work.set()
 
     async def _send(self) -> None:
@@ -128,32 +179,40 @@ class RemoteEngine:
             outbound, self._outbound = self._outbound, []
             cancels, self._cancels = self._cancels, {}
             # Each call in a task of its own, so that one without an answer holds up no other.
-            calls = [self._submit(outbound)] if outbound else []
-            calls += [self._call_cancel(pipeline, request_ids) for pipeline, request_ids in cancels.items()]
+            calls = [self._submit(requests) for requests in self._divide(outbound)]
+            calls += [self._call_cancel(pipeline, attempt_ids) for pipeline, attempt_ids in cancels.items()]
             for call in calls:
                 task = asyncio.create_task(call)
                 self._calls.add(task)
                 task.add_done_callback(self._calls.discard)
 
-    async def _submit(self, outbound: list[tuple[Submission, "asyncio.Future[None]"]]) -> None:
-        wanted = [entry for entry in outbound if entry[0].request_id in self._mailboxes]
+    def _divide(self, outbound: list[OpenRequest]) -> list[list[OpenRequest]]:
+        """Return what is to go in one call each."""
+        if self._num_pipelines > 1:
+            return group_by_prefix(outbound, lambda request: request.prefix)
+        return [outbound] if outbound else []
+
+    async def _submit(self, outbound: list[OpenRequest]) -> None:
+        sent = {request.attempt_id: request for request in outbound if request.attempt_id in self._open}
         try:
-            call = self._scheduler.submit.remote(self._ingress, [submission for submission, _ in wanted])
+            call = self._scheduler.submit.remote(self._ingress, [request.submission() for request in sent.values()])
             reply: SubmitReply = await asyncio.wait_for(call, _SUBMIT_TIMEOUT_S)
         except Exception as error:  # whatever it is, the clients of this call must hear of it, and others be served
-            logger.warning("could not submit %d requests", len(wanted), exc_info=error)
-            for _, accepted in wanted:
-                _resolve(accepted, EngineDeadError(f"no pipeline took the request ({type(error).__name__})"))
+            logger.warning("could not submit %d requests: %r", len(sent), error)
+            for attempt_id in sent:
+                self._retry(attempt_id, f"no pipeline took the request ({type(error).__name__})")
             return
-        for submission, accepted in wanted:
-            request_id = submission.request_id
-            refusal = reply.refusals.get(request_id)
-            if refusal is None and request_id in self._mailboxes:
-                self._pipeline_of[request_id] = reply.pipeline
+        for attempt_id, request in sent.items():
+            refusal = reply.refusals.get(attempt_id)
+            if refusal is None and attempt_id in self._open:
+                request.settle(reply.pipeline)
             elif refusal is None:
-                self._cancels.setdefault(reply.pipeline, []).append(request_id)
+                self._cancels.setdefault(reply.pipeline, []).append(attempt_id)
                 self._has_work.set()
-            _resolve(accepted, refusal)
+            elif isinstance(refusal, EngineDeadError) or (isinstance(refusal, OverloadedError) and request.was_lost):
+                self._retry(attempt_id, str(refusal))
+            elif self._open.pop(attempt_id, None) is not None:
+                request.fail(refusal)
         if reply.pipeline not in self._streams:
             self._streams[reply.pipeline] = asyncio.create_task(self._read(reply.pipeline))
 
@@ -166,35 +225,63 @@ class RemoteEngine:
                 while (batch := await asyncio.wait_for(anext(stream, None), _SILENCE_S)) is not None:
                     self._num_waiting = batch.num_waiting
                     self._num_since_report = 0
-                    self._mailboxes.deliver(batch.outputs)
+                    self._deliver(batch.outputs)
                 # A stream ends when the scheduler has no request of ours: those from before it have ended or are lost.
-                self._fail(open_before, "the pipeline has lost the request")
+                self._lose(open_before, "the pipeline has lost the request")
         except Exception as error:  # whatever it is, who reads from this pipeline must hear of it
-            logger.warning("pipeline %s is gone", pipeline, exc_info=error)
-            self._fail(self._open_at(pipeline), "the pipeline died")
+            lost = self._open_at(pipeline)
+            logger.warning("pipeline %s is gone with %d requests: %r", pipeline, len(lost), error)
+            self._lose(lost, "the pipeline died")
         finally:
             del self._streams[pipeline]
 
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            request = self._open.get(output.request_id)
+            if request is None:
+                continue
+            if output.finish_reason is FinishReason.LOST:
+                del self._open[output.request_id]
+                request.fail(EngineDeadError(output.error))
+            else:
+                request.put(output)
+
     def _open_at(self, pipeline: str) -> list[str]:
-        return [request_id for request_id, name in self._pipeline_of.items() if name == pipeline]
+        return [
+            attempt_id
+            for attempt_id, request in self._open.items()
+            if request.pipeline == pipeline and not request.is_finished
+        ]
 
-    def _fail(self, request_ids: list[str], error: str) -> None:
-        """End requests; of one that has ended already and is not yet read to its end, nothing more is read."""
-        for request_id in request_ids:
-            self._pipeline_of.pop(request_id, None)
-        self._mailboxes.deliver(
-            RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error) for request_id in request_ids
-        )
+    def _lose(self, attempt_ids: list[str], error: str) -> None:
+        """Take requests from a pipeline that is gone, and submit them again."""
+        for attempt_id in attempt_ids:
+            request = self._open.get(attempt_id)
+            if request is not None and not request.is_finished:
+                request.num_losses += 1
+                self._retry(attempt_id, error)
 
-    async def _call_cancel(self, pipeline: str, request_ids: list[str]) -> None:
-        stopped_ids = self._stopped.intersection(request_ids)
+    def _retry(self, attempt_id: str, error: str) -> None:
+        request = self._open.pop(attempt_id, None)
+        if request is None:
+            return
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        has_waited = now_s - request.waits_since(now_s) > self._pipeline_timeout_s or self._placement.is_overdue
+        if request.num_losses > _MAX_LOSSES or has_waited:
+            request.fail(EngineDeadError(self._placement.explanation or error))
+        else:
+            loop.call_later(_RETRY_S, self._dispatch, request)
+
+    async def _call_cancel(self, pipeline: str, attempt_ids: list[str]) -> None:
+        stopped_ids = self._stopped.intersection(attempt_ids)
         self._stopped -= stopped_ids
         try:
-            call = self._scheduler.cancel.remote(request_ids, pipeline=pipeline, stopped_ids=stopped_ids)
+            call = self._scheduler.cancel.remote(attempt_ids, pipeline=pipeline, stopped_ids=stopped_ids)
             await asyncio.wait_for(call, _CONTROL_TIMEOUT_S)
         except Exception as error:
             # Not lost: the next claims do not name these requests, so the scheduler aborts them.
-            logger.warning("could not cancel %d requests at pipeline %s: %s", len(request_ids), pipeline, error)
+            logger.warning("could not cancel %d requests at pipeline %s: %s", len(attempt_ids), pipeline, error)
 
     async def _claim(self) -> None:
         """Tell every scheduler regularly which requests are still wanted here.
@@ -203,13 +290,23 @@ class RemoteEngine:
         """
         while True:
             try:
-                await self._scheduler.broadcast("claim", self._ingress, list(self._mailboxes)).results_async(
-                    timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True
-                )
+                await self._ask_all("claim", self._ingress, list(self._open))
             except Exception as error:  # the next claim says the same
-                level = logging.WARNING if self._mailboxes else logging.DEBUG
-                logger.log(level, "could not claim %d open requests: %s", len(self._mailboxes), error)
+                level = logging.WARNING if self._open else logging.DEBUG
+                logger.log(level, "could not claim %d open requests: %s", len(self._open), error)
             await asyncio.sleep(_CLAIM_PERIOD_S)
+
+    async def _ask_all(self, method: str, *args: object) -> list[Any]:
+        """Return what each scheduler says, or the exception in its place; nothing if there is none."""
+        call = self._scheduler.broadcast(method, *args)
+        try:
+            answers: list[Any] = await call.results_async(timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True)
+        except DeploymentUnavailableError:
+            answers = []
+        except _CALL_ERRORS as error:
+            raise EngineDeadError(f"no pipeline answers ({type(error).__name__})") from error
+        self._num_pipelines = len(answers)
+        return answers
 
     async def _call_control(self, call: Awaitable[Any]) -> Any:
         try:
@@ -218,12 +315,3 @@ class RemoteEngine:
             raise
         except _CALL_ERRORS as error:
             raise EngineDeadError(f"no pipeline answers ({type(error).__name__})") from error
-
-
-def _resolve(accepted: "asyncio.Future[None]", refusal: SarathiError | None) -> None:
-    if accepted.done():  # who waited for it is gone
-        return
-    if refusal is None:
-        accepted.set_result(None)
-    else:
-        accepted.set_exception(refusal)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,14 +14,17 @@ from ray.util import get_current_placement_group
 from rayserve_sarathi.actors.logs import log_to_stderr
 from rayserve_sarathi.actors.messages import OutputBatch, Submission, SubmitReply
 from rayserve_sarathi.actors.outboxes import Outboxes
-from rayserve_sarathi.actors.pipeline import CompiledGraphPipeline, num_stage_threads, start_stages
+from rayserve_sarathi.actors.pipeline import ActorPipeline
+from rayserve_sarathi.actors.stage_group import StageGroup, num_rank_threads
+from rayserve_sarathi.actors.transport import TRANSPORTS, Transport
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.engine import Engine, make_scheduler, max_steps_in_flight
+from rayserve_sarathi.engine import Engine, RebuildLimit, make_scheduler, max_steps_in_flight
 from rayserve_sarathi.errors import EngineDeadError, SarathiError
 from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.metrics import Snapshot
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
-from rayserve_sarathi.registry import import_object
+from rayserve_sarathi.registry import import_object, load
+from rayserve_sarathi.step_log import PipelineTrace
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,10 @@ _MIB = 1024 * 1024
 _MAX_ITEMSIZE = 4
 """Bytes of the largest number that an activation consists of."""
 _RECLAIM_PERIOD_S = 5.0
+_READY_TIMEOUT_S = 3.0
+"""Shorter than an ingress waits for all its pipelines: one that hangs must not make the others look dead."""
+_FAREWELL_S = 3.0
+"""So long an engine that has given up still answers: its ingresses read what became of their requests."""
 
 
 class SchedulerActor:
@@ -44,18 +52,21 @@ class SchedulerActor:
         self._pipeline_id = serve.get_replica_context().replica_id.unique_id
         with _phase("model description"):
             info = resolve_model(config)
-        with _phase(f"{config.pipeline_parallel_size} stages with weights and KV cache"):
+        with _phase(f"{_describe_stages(config)} with weights and KV cache"):
             pipeline, num_blocks = await _start_pipeline(config, info)
         self._eos_token_ids = info.eos_token_ids
         self._outboxes = Outboxes(clock=time.monotonic)
         self._engine = Engine(
-            make_scheduler(config, info, num_blocks=num_blocks), pipeline, deliver=self._outboxes.deliver
+            make_scheduler(config, info, num_blocks=num_blocks),
+            pipeline,
+            deliver=self._outboxes.deliver,
+            rebuild_limit=RebuildLimit(config.max_rebuilds, config.rebuild_window_s),
         )
         with _phase("warm-up: first tokens through all stages"):
             await self._engine.warm_up(config.scheduler.token_budget)
         gc.collect()
         gc.freeze()  # what lives now lives for good; a collection that visits it would stall every stream
-        self._running = asyncio.create_task(self._engine.run())
+        self._running = asyncio.create_task(self._run())
         self._reclaiming = asyncio.create_task(self._reclaim())
         logger.info(
             "ready after %.1f s: %s, %d KV blocks of %d tokens, budget %d tokens a step, transport %s",
@@ -79,6 +90,7 @@ class SchedulerActor:
                     submission.sampling,
                     eos_token_ids=self._eos_token_ids,
                     cache_salt=submission.cache_salt,
+                    output_token_ids=submission.output_token_ids,
                 )
             except SarathiError as error:
                 self._outboxes.close(submission.request_id)
@@ -115,14 +127,55 @@ class SchedulerActor:
         return None
 
     async def check_health(self) -> None:
-        """Serve asks this: a replica that raises is replaced, and with it the pipeline."""
-        await self._engine.check_health()
+        """Serve asks this: a replica that raises is replaced. A pipeline that is being rebuilt is no reason to."""
+        self._engine.check_alive()
         if self._reclaiming.done():
             raise EngineDeadError(f"the scheduler has lost a loop: {self._reclaiming.exception()!r}")
+
+    async def check_ready(self) -> None:
+        """Return if steps can run now; raises EngineDeadError."""
+        try:
+            async with asyncio.timeout(_READY_TIMEOUT_S):
+                await self._engine.check_ready()
+        except TimeoutError:
+            raise EngineDeadError(f"a stage has not answered for {_READY_TIMEOUT_S:.0f} s") from None
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this where pipelines are added and removed by load; see `autoscaling.PipelineLoad`."""
+        state = self._engine.state()
+        return {
+            "backlog_steps": state.prefill_backlog_tokens / state.token_budget,
+            "kv_cache_usage": state.kv_cache_usage,
+            "num_open_requests": state.num_requests_running + state.num_requests_waiting,
+            "max_num_seqs": self._config.scheduler.max_num_seqs,
+        }
+
+    async def record_routing_stats(self) -> dict[str, object]:
+        """Serve asks this regularly, and tells every router; see `routing.PipelineReport`."""
+        state = self._engine.state()
+        return {
+            "is_ready": not self._engine.is_rebuilding,
+            "prefill_backlog_tokens": state.prefill_backlog_tokens,
+            "num_open_requests": state.num_requests_running + state.num_requests_waiting,
+            "marks": self._engine.pack_marks(),
+        }
 
     async def snapshot(self) -> Snapshot:
         """Return this pipeline's metrics."""
         return self._engine.snapshot(model_name=self._config.model_name, pipeline=self._pipeline_id)
+
+    async def trace(self) -> PipelineTrace:
+        """Return this pipeline's last steps."""
+        return self._engine.trace(pipeline=self._pipeline_id)
+
+    async def _run(self) -> None:
+        """Run the engine; when it gives up, end this process, so that nobody takes it for one that still works."""
+        try:
+            await self._engine.run()
+        except EngineDeadError as error:
+            logger.critical("this replica ends: %s", error)
+            await asyncio.sleep(_FAREWELL_S)
+            os._exit(1)
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -139,18 +192,27 @@ class SchedulerActor:
 async def _start_pipeline(config: EngineConfig, info: ModelInfo) -> tuple[Pipeline, int]:
     if config.transport == "inline":
         make_pipeline = import_object("rayserve_sarathi.execution.inline:make_inline_pipeline")
-        made: tuple[Pipeline, int] = await asyncio.to_thread(make_pipeline, config, num_threads=num_stage_threads(1))
+        made: tuple[Pipeline, int] = await asyncio.to_thread(make_pipeline, config, num_threads=num_rank_threads(1))
         return made
     placement_group = get_current_placement_group()
     assert placement_group is not None, "the deployment reserves a placement group"
-    stages, num_blocks = await start_stages(config, placement_group=placement_group, first_bundle=1)
+    stages = StageGroup(config, placement_group=placement_group, first_bundle=1)
+    num_blocks = await stages.start()
     max_step_tokens = max(config.scheduler.token_budget, config.scheduler.max_num_seqs)
-    hidden_bytes = max_step_tokens * info.decoder.hidden_size * _MAX_ITEMSIZE
-    num_steps = max_steps_in_flight(config.pipeline_parallel_size)
-    pipeline = CompiledGraphPipeline(
-        stages, config, max_steps_inside=num_steps, buffer_size_bytes=hidden_bytes + 4 * _MIB
+    transport: Transport = load("transport", config.transport, TRANSPORTS)(
+        stages,
+        config,
+        max_steps_inside=max_steps_in_flight(config.pipeline_parallel_size),
+        max_message_bytes=max_step_tokens * info.decoder.hidden_size * _MAX_ITEMSIZE + 4 * _MIB,
     )
+    pipeline = ActorPipeline(stages, transport, step_timeout_s=config.step_timeout_s)
+    await pipeline.open()
     return pipeline, num_blocks
+
+
+def _describe_stages(config: EngineConfig) -> str:
+    ranks = f" of {config.tensor_parallel_size} ranks" if config.tensor_parallel_size > 1 else ""
+    return f"{config.pipeline_parallel_size} stages{ranks}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,11 @@ class Server:
                 continue  # it has ended, or is another user's
         return sorted(found)
 
+    def raylets(self, title: str) -> set[int]:
+        """Return the raylets, one a node, that have started the processes with such titles."""
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids(title)]
+        return {int(line.split()[1]) for lines in status for line in lines.splitlines() if line.startswith("PPid:")}
+
     def metric(self, name: str) -> float:
         """Return the sum of a metric over its labels."""
         _, text = self.get("/metrics")
@@ -142,6 +147,37 @@ def serve_run(folder: Path, args: dict[str, Any], *, deployments: Sequence[dict[
         args: Those of the application.
         deployments: Overrides of deployments' options, as in a Serve config file.
     """
+    command = [str(Path(sys.executable).with_name("serve")), "run"]
+    with _serving(folder, command, args, deployments) as (server, _):
+        yield server
+
+
+@contextmanager
+def serve_on_nodes(folder: Path, args: dict[str, Any]) -> Iterator[tuple[Server, Callable[[int], None]]]:
+    """Serve on a cluster of several nodes, the ingress on the one that stays; see `node_cluster`.
+
+    Returns:
+        The server, and what takes the node away that has this raylet.
+    """
+    command = [sys.executable, "-m", "tests.actors.node_cluster"]
+    ingress = {"name": "OpenAIIngress", "ray_actor_options": {"num_cpus": 0, "resources": {"head": 0.1}}}
+    with _serving(folder, command, args, [ingress]) as (server, process):
+
+        def remove(raylet: int) -> None:
+            assert process.stdin is not None
+            process.stdin.write(f"remove {raylet}\n".encode())
+            process.stdin.flush()
+            server.wait_until(
+                lambda: f"removed {raylet}" in server.log, timeout_s=60, message="the node is there still"
+            )
+
+        yield server, remove
+
+
+@contextmanager
+def _serving(
+    folder: Path, command: list[str], args: dict[str, Any], deployments: Sequence[dict[str, Any]]
+) -> "Iterator[tuple[Server, subprocess.Popen[bytes]]]":
     port = free_port()
     config = {
         "proxy_location": "HeadOnly",
@@ -158,19 +194,24 @@ def serve_run(folder: Path, args: dict[str, Any], *, deployments: Sequence[dict[
     }
     (folder / "app.yaml").write_text(yaml.safe_dump(config))
     with ray_environment() as environment, (folder / "serve.log").open("w") as log:
-        command = [str(Path(sys.executable).with_name("serve")), "run", str(folder / "app.yaml")]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, str(folder / "app.yaml")],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         server = Server(f"http://127.0.0.1:{port}", environment, folder / "serve.log")
         try:
             _wait_until_ready(server, process)
-            yield server
+            yield server, process
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(60)
+                process.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+                process.communicate()
 
 
 def _wait_until_ready(server: Server, process: "subprocess.Popen[bytes]", *, timeout_s: float = 180.0) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.actors.clients import MAX_TOKENS, PROMPTS
+from tests.actors.clients import LONG_TOKENS, MAX_TOKENS, PROMPTS
 from tests.servable import Reference, save_servable
 
 
@@ -17,6 +17,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def greedy_texts(checkpoint: Path) -> list[str]:
     """What `transformers.generate` continues each prompt with."""
+    return generate(checkpoint, MAX_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def long_texts(checkpoint: Path) -> list[str]:
+    """The same, for longer."""
+    return generate(checkpoint, LONG_TOKENS)
+
+
+def generate(checkpoint: Path, num_tokens: int) -> list[str]:
+    """Return the greedy text after each prompt."""
     reference, tokenizer = Reference(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    outputs = [reference.generate(prompt, MAX_TOKENS) for prompt in PROMPTS]
+    outputs = [reference.generate(prompt, num_tokens) for prompt in PROMPTS]
     return [tokenizer.decode(output, skip_special_tokens=True) for output in outputs]

@@ -1,5 +1,5 @@
 # Each command sets itself up in .venv, so that it works on a fresh machine with Python 3.11+, gcc and pip.
-.PHONY: install serve test bench
+.PHONY: install environment serve test bench
 PYTHON ?= python3
 
 install: .venv/.installed
@@ -20,6 +20,10 @@ install: .venv/.installed
 SERVE_ENVIRONMENT = RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_HAPROXY_BINARY_PATH=$(CURDIR)/scripts/haproxy RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_LOG_TO_STDERR=1 \
 	RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0 RAY_AUTH_MODE=token
 
+# For the shell that starts a node of a cluster: export $(make -s environment)
+environment:
+	@echo $(SERVE_ENVIRONMENT)
+
 serve: install
 	@.venv/bin/python scripts/announce.py & $(SERVE_ENVIRONMENT) exec .venv/bin/serve run deployments/tiny.yaml
 
@@ -31,3 +35,5 @@ test: install
 
 bench: install
 	.venv/bin/python benchmarks/scheduler.py
+	.venv/bin/python benchmarks/step_log.py
+	.venv/bin/python benchmarks/bubbles.py

@@ -4,15 +4,17 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeAlias
+
+Figure: TypeAlias = "float | int | str | Sequence[Figure] | Mapping[str, Figure]"
 
 
-def write_report(figures: Mapping[str, float | int | str], *, path: Path | None) -> None:
+def write_report(figures: Mapping[str, Figure], *, path: Path | None) -> None:
     """Print `figures`, a line each; write them to `path` as well unless it is None."""
-    for name, value in figures.items():
-        sys.stdout.write(f"{name}: {value:.4g}\n" if isinstance(value, float) else f"{name}: {value}\n")
+    sys.stdout.writelines(_lines("", figures))
     if path is not None:
         report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **figures}
         path.write_text(json.dumps(report, indent=2) + "\n")
@@ -24,3 +26,19 @@ def machine() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return f"{model or platform.processor()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+
+
+def _lines(name: str, figure: Figure) -> Iterator[str]:
+    if isinstance(figure, Mapping):
+        for key, inner in figure.items():
+            yield from _lines(f"{name}.{key}" if name else key, inner)
+    else:
+        yield f"{name}: {_text(figure)}\n"
+
+
+def _text(figure: Figure) -> str:
+    if isinstance(figure, float):
+        return f"{figure:.4g}"
+    if isinstance(figure, Sequence) and not isinstance(figure, str):
+        return ", ".join(map(_text, figure))
+    return str(figure)

@@ -76,4 +76,5 @@ class Stages:
 
     def run(self, step: StepInput) -> StepOutput:
         """Run the step and sample."""
-        return self._runners[-1].sample(step, self.hidden(step))
+        last = self._runners[-1]
+        return last.sample(step, last.logits(step, self.hidden(step)))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import threading
 from typing import TYPE_CHECKING
 
@@ -88,13 +89,18 @@ class StageActor:
         """Allocate the KV cache."""
         self._loaded.start(num_blocks)
 
-    def execute_first(self, step: StepInput) -> "StageMessage | StepOutput":
-        """Compute the first stage's part of a step."""
-        return self._loaded.execute_first(step)
+    def execute_first(self, step: StepInput) -> "StageMessage | bytes":
+        """Compute the first stage's part of a step, for the transport by compiled graphs.
 
-    def execute(self, message: "StageMessage") -> "StageMessage | StepOutput":
-        """Compute this stage's part of a step."""
-        return self._loaded.execute(message)
+        Returns:
+            The message to the next stage, or the `StepOutput` of the last one, pickled: as an object its arrays would
+            be views of the graph's buffer, which cannot be written to before they are gone, and they must not outlive.
+        """
+        return _own_memory(self._loaded.execute_first(step))
+
+    def execute(self, message: "StageMessage") -> "StageMessage | bytes":
+        """Compute this stage's part of a step; see `execute_first`."""
+        return _own_memory(self._loaded.execute(message))
 
     def listen(
         self, secret: bytes, epoch: int, *, receive_at: "Address | None", send_at: "Address | None"
@@ -173,3 +179,7 @@ class StageActor:
     def _loaded(self) -> "Stage":
         assert self._stage is not None, "load comes first"
         return self._stage
+
+
+def _own_memory(message: "StageMessage | StepOutput") -> "StageMessage | bytes":
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL) if isinstance(message, StepOutput) else message

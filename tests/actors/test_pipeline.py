@@ -150,6 +150,17 @@ class TestTransports:
         assert again[-1].token_ids.tolist() == alone[-1].token_ids.tolist()
 
 
+async def test_outputs_outlive_the_buffers_they_came_in(wide_checkpoint: Path):
+    async with started(make_config(wide_checkpoint), "compiled_graph") as pipeline:
+        kept = []
+        for step in make_steps(7, num_tokens=32):  # more than the graph has buffers
+            kept += await run(pipeline, [step])
+
+    assert [output.step_id for output in kept] == list(range(7))
+    for output in kept:
+        output.token_ids.fill(-1)  # it would be read-only in a buffer of Ray's, and gone after Ray's shutdown
+
+
 async def test_an_idle_graph_rests_and_comes_back(wide_checkpoint: Path):
     async with started(make_config(wide_checkpoint), "compiled_graph") as pipeline:
         first = await run(pipeline, make_steps(1))

@@ -16,7 +16,7 @@ from rayserve_sarathi.models.parallel import SINGLE_RANK, TensorParallel
 from rayserve_sarathi.models.parameters import Weights, stage_parameters
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_folder
 from rayserve_sarathi.models.shard import Shard, shard_of
-from rayserve_sarathi.models.weights import dummy_weights, has_tensor, load_weights
+from rayserve_sarathi.models.weights import dummy_weights, load_weights, locate_tensors
 from rayserve_sarathi.registry import load
 
 _logger = logging.getLogger(__name__)
@@ -97,12 +97,16 @@ def _stage_weights(
 ) -> Weights:
     if config.load_format == "dummy":
         return dummy_weights(stage_parameters(decoder, layers, shard), seed=config.seed, dtype=dtype, device=device)
-    root = resolve_folder(config.model, config.revision, with_weights=True)
-    if decoder.tie_word_embeddings and has_tensor(root, f"{decoder.weight_names.head}.weight"):
-        # As in transformers: a head of its own counts for more than the flag.
-        decoder = replace(decoder, tie_word_embeddings=False)
+    file_of = locate_tensors(resolve_folder(config.model, config.revision, with_weights=True))
+    names = decoder.weight_names
+    if decoder.tie_word_embeddings and f"{names.head}.weight" in file_of:
+        # As in transformers: a head of its own counts for more than the flag, and a head alone is the embedding too.
+        if f"{names.embedding}.weight" in file_of:
+            decoder = replace(decoder, tie_word_embeddings=False)
+        else:
+            decoder = replace(decoder, weight_names=replace(names, embedding=names.head))
     parameters = stage_parameters(decoder, layers, shard)
-    return load_weights(root, parameters, known_names=_KnownNames(decoder), dtype=dtype, device=device)
+    return load_weights(file_of, parameters, known_names=_KnownNames(decoder), dtype=dtype, device=device)
 
 
 class _KnownNames:

@@ -11,12 +11,14 @@ _NAMES = WeightNames(router="block_sparse_moe.gate", experts="block_sparse_moe.e
 
 
 def parse_mixtral(hf: HfConfig) -> DecoderConfig:
-    """Parse the config of a `MixtralForCausalLM`. Defaults are those of transformers: no window, 2 of 8 experts."""
+    """Parse the config of a `MixtralForCausalLM`. Defaults are those of transformers."""
     window = hf.integer("sliding_window") if "sliding_window" in hf else None
     decoder = parse_decoder(
         hf,
         sliding_windows=[window] * hf.integer("num_hidden_layers"),
         weight_names=_NAMES,
+        default_num_kv_heads=8,
+        default_norm_eps=1e-5,
         default_rope_theta=1e6,
     )
     return replace(

@@ -14,6 +14,7 @@ from rayserve_sarathi.models.config import (
 )
 from rayserve_sarathi.models.hf_config import HfConfig
 
+QUANTIZED = "quantized checkpoints are not supported; use the float16 or bfloat16 original"
 _DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     "float32": "float32",
     "bfloat16": "bfloat16",
@@ -31,6 +32,8 @@ def parse_decoder(
     has_qk_norm: bool = False,
     weight_names: WeightNames | None = None,
     default_head_dim: int | None = None,
+    default_num_kv_heads: int | None = None,
+    default_norm_eps: float = 1e-6,
     default_rope_theta: float = 10000.0,
 ) -> DecoderConfig:
     """Parse what all families share; a family passes what is its own.
@@ -41,6 +44,8 @@ def parse_decoder(
         has_qkv_bias: See `DecoderConfig`, as for the other flags.
         weight_names: None for Llama's.
         default_head_dim: When the config has none; None divides `hidden_size` by the heads.
+        default_num_kv_heads: When the config has no such key; None, or a null in the config, takes the query heads'.
+        default_norm_eps: When the config has none.
         default_rope_theta: When the config has none.
 
     Raises:
@@ -54,6 +59,8 @@ def parse_decoder(
     hidden_size = hf.integer("hidden_size")
     if default_head_dim is None and "head_dim" not in hf and hidden_size % num_heads:
         raise hf.error(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}; set head_dim")
+    if default_num_kv_heads is None or hf.is_null("num_key_value_heads"):
+        default_num_kv_heads = num_heads
     positions = hf.integer("max_position_embeddings")
     rotary = parse_rotary(hf, max_position_embeddings=positions, default_theta=default_rope_theta)
     return DecoderConfig(
@@ -62,9 +69,9 @@ def parse_decoder(
         intermediate_size=hf.integer("intermediate_size"),
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        num_key_value_heads=hf.integer("num_key_value_heads", num_heads),
+        num_key_value_heads=hf.integer("num_key_value_heads", default_num_kv_heads),
         head_dim=hf.integer("head_dim", default_head_dim or hidden_size // num_heads),
-        norm_eps=hf.number("rms_norm_eps", 1e-6),
+        norm_eps=hf.number("rms_norm_eps", default_norm_eps),
         max_model_len=scaled_max_model_len(positions, rotary),
         rotary=rotary,
         tie_word_embeddings=hf.boolean("tie_word_embeddings", default=False),
@@ -102,7 +109,7 @@ def check_not_quantized(hf: HfConfig) -> None:
         ConfigError: They are not.
     """
     if "quantization_config" in hf:
-        raise hf.error("quantized checkpoints are not supported; use the float16 or bfloat16 original")
+        raise hf.error(QUANTIZED)
 
 
 def parse_dtype(hf: HfConfig) -> Literal["float32", "bfloat16", "float16"]:

@@ -7,11 +7,11 @@ from rayserve_sarathi.models.parse import parse_decoder, parse_layer_types
 
 def parse_qwen2(hf: HfConfig) -> DecoderConfig:
     """Parse the config of a `Qwen2ForCausalLM`, which Qwen 2.5 is too."""
-    return parse_decoder(hf, sliding_windows=_sliding_windows(hf), has_qkv_bias=True)
+    return parse_decoder(hf, sliding_windows=_sliding_windows(hf), has_qkv_bias=True, default_num_kv_heads=32)
 
 
 def parse_qwen3(hf: HfConfig) -> DecoderConfig:
-    """Parse the config of a `Qwen3ForCausalLM`. A missing `head_dim` means 128, as in transformers."""
+    """Parse the config of a `Qwen3ForCausalLM`. Defaults are those of transformers."""
     has_attention_bias = hf.boolean("attention_bias", default=False)
     return parse_decoder(
         hf,
@@ -20,6 +20,7 @@ def parse_qwen3(hf: HfConfig) -> DecoderConfig:
         has_o_bias=has_attention_bias,
         has_qk_norm=True,
         default_head_dim=128,
+        default_num_kv_heads=32,
     )
 
 

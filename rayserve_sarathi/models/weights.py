@@ -15,9 +15,12 @@ from tqdm import tqdm
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.models.hf_config import read_json
 from rayserve_sarathi.models.parameters import Parameters, TensorPart, Weights
+from rayserve_sarathi.models.parse import QUANTIZED
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# What GPTQ, AWQ and 8-bit checkpoints have in the place of a weight, also where config.json does not say so.
+_QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
 # A checkpoint tensor's parts, and where each goes.
 _Targets = list[tuple[TensorPart, Tensor]]
 _CONVERT_HINT = (
@@ -27,7 +30,7 @@ _CONVERT_HINT = (
 
 
 def load_weights(
-    root: Path,
+    file_of: Mapping[str, Path],
     parameters: Parameters,
     *,
     known_names: Container[str],
@@ -37,17 +40,18 @@ def load_weights(
     """Read a stage's parameters. Beside them, one part of a checkpoint tensor is in memory at a time.
 
     Args:
-        root: Folder of the checkpoint.
+        file_of: The checkpoint's tensors, by `locate_tensors`.
         parameters: What to read.
         known_names: Tensors that the checkpoint may hold; others would be ignored silently, so they are errors.
         dtype: What to convert to.
         device: Where to put them.
 
     Raises:
-        ConfigError: A file is missing or damaged, or a tensor is missing, unknown or of another shape.
+        ConfigError: A file is damaged, or a tensor is missing, unknown, quantized or of another shape.
     """
-    file_of = _locate_tensors(root)
     unknown = sorted(name for name in file_of if name not in known_names)
+    if quantized := [name for name in unknown if name.endswith(_QUANTIZED)]:
+        raise ConfigError(f"{file_of[quantized[0]]}: tensor {quantized[0]}: {QUANTIZED}")
     if unknown:
         name = unknown[0]
         raise ConfigError(
@@ -57,7 +61,8 @@ def load_weights(
     weights, targets = _allocate(parameters, dtype=dtype, device=device)
     for name in targets:
         if name not in file_of:
-            raise ConfigError(f"{root}: no file has tensor {name}; check that config.json belongs to these weights")
+            folder = next(iter(file_of.values())).parent
+            raise ConfigError(f"{folder}: no file has tensor {name}; check that config.json belongs to these weights")
 
     by_file: dict[Path, list[str]] = {}
     for name in targets:
@@ -110,13 +115,12 @@ def _slices(part: TensorPart) -> tuple[slice, ...]:
     return tuple(slice(side.start, side.stop) for side in part.box)
 
 
-def has_tensor(root: Path, name: str) -> bool:
-    """Return whether the checkpoint of a folder has a tensor; raises what `load_weights` does."""
-    return name in _locate_tensors(root)
+def locate_tensors(root: Path) -> dict[str, Path]:
+    """Return which file of a checkpoint's folder has which tensor, from the files' own headers.
 
-
-def _locate_tensors(root: Path) -> dict[str, Path]:
-    """Return which file of the folder has which tensor, from the files' own headers."""
+    Raises:
+        ConfigError: A file is missing or damaged.
+    """
     file_of: dict[str, Path] = {}
     for file in _weight_files(root):
         try:

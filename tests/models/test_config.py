@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.models.config import DecoderConfig, Llama3Scaling, YarnScaling, stage_layers
@@ -14,6 +15,7 @@ LLAMA = {
     "intermediate_size": 48,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 128,
 }
 LLAMA3 = {
@@ -32,11 +34,26 @@ def parse(**keys: Any) -> DecoderConfig:
 
 
 def test_defaults_are_those_of_transformers() -> None:
-    config = parse()
+    config = parse(num_key_value_heads=None)
 
     assert (config.num_key_value_heads, config.head_dim, config.norm_eps) == (4, 8, 1e-6)
     assert (config.rotary.theta, config.rotary.scaling) == (10000.0, None)
     assert (config.dtype, config.tie_word_embeddings, config.max_model_len) == ("float32", False, 128)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config])
+def test_keys_that_are_missing_or_null_are_as_transformers_has_them(config: type[PreTrainedConfig]) -> None:
+    name = config.__name__.removesuffix("Config") + "ForCausalLM"
+    keys = {"architectures": [name], "hidden_size": 256, "num_attention_heads": 64}
+    theirs = config(**{key: value for key, value in {**LLAMA, **keys}.items() if key != "num_key_value_heads"})
+
+    ours = parse(**keys, num_key_value_heads=None)
+
+    assert ours.num_key_value_heads == theirs.num_key_value_heads
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.rotary.theta == theirs.rope_parameters["rope_theta"]
+    assert parse(**keys, num_key_value_heads="null").num_key_value_heads == 64
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -169,6 +169,28 @@ def test_a_head_of_its_own_counts_for_more_than_the_flag_that_ties_it(tmp_path: 
         assert (logits - hf_logits(theirs, PROMPT)).abs().max() < 1e-4
 
 
+def test_a_head_without_an_embedding_is_both_where_they_are_tied(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "llama3-tied")
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change(tmp_path, **{"model.embed_tokens.weight": None, "lm_head.weight": embedding})
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+    for num_stages in (1, 2):
+        logits = Stages(tmp_path, num_stages=num_stages).logits(make_step(Chunk(token_ids=PROMPT, block_ids=[0])))
+
+        assert (logits - hf_logits(theirs, PROMPT)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv"])
+def test_quantized_weights_are_refused_as_such(tmp_path: Path, suffix: str) -> None:
+    save_checkpoint(tmp_path, "llama")
+    name = f"model.layers.0.self_attn.q_proj.{suffix}"
+    change(tmp_path, **{name: torch.zeros(4, dtype=torch.int32), "also.unknown": torch.zeros(1)})
+
+    with pytest.raises(ConfigError, match=f"model.safetensors: tensor {name}: quantized checkpoints are not supported"):
+        load(tmp_path)
+
+
 def test_pickles_are_refused_with_a_way_to_convert_them(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "llama")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")

@@ -11,7 +11,7 @@ from torch import Tensor
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 from rayserve_sarathi.models.config import DecoderConfig
-from rayserve_sarathi.models.layers import take_layer
+from rayserve_sarathi.models.layers import Layer
 from rayserve_sarathi.models.norm import take_norm
 from rayserve_sarathi.models.parallel import TensorParallel
 from rayserve_sarathi.models.parameters import Weights
@@ -54,9 +54,7 @@ class Decoder:
         self.device = device
         self.dtype = dtype
         self._rotary = RotaryEmbedding(config.rotary, head_size=config.head_dim, device=device)
-        self._layers = [
-            take_layer(config, weights, layer=layer, shard=shard, tp=tp, backend=backend) for layer in layers
-        ]
+        self._layers = [Layer(config, weights, layer=layer, shard=shard, tp=tp, backend=backend) for layer in layers]
         if self.is_last:
             self._norm = take_norm(config, weights, "norm")
             # Tied embeddings: a single stage has no head of its own.

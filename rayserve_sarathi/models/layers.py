@@ -3,8 +3,6 @@
 Dimensions: T tokens in the step; D hidden size.
 """
 
-from typing import Protocol
-
 from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
@@ -18,24 +16,17 @@ from rayserve_sarathi.models.parameters import Weights
 from rayserve_sarathi.models.shard import Shard
 
 
-class Layer(Protocol):
-    """A decoder layer."""
+class Layer:
+    """A decoder layer: attention, then the MLP on what it gave, or both side by side.
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        *,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        """Return the layer's output, [T, D], for hidden states, [T, D]; both are the same on all ranks."""
-
-
-class SequentialLayer:
-    """Attention, then the MLP on what it gave."""
+    Args:
+        config: Of the whole model.
+        weights: The layer's are taken out.
+        layer: Which, from 0.
+        shard: The rank's part.
+        tp: The way to the other ranks.
+        backend: How to attend.
+    """
 
     def __init__(
         self,
@@ -48,43 +39,7 @@ class SequentialLayer:
         backend: AttentionBackend,
     ) -> None:
         prefix = f"layers.{layer}."
-        self._tp = tp
-        self._input_norm = take_norm(config, weights, f"{prefix}input_norm")
-        self._attention = Attention(config, weights, layer=layer, shard=shard, backend=backend)
-        self._mlp_norm = take_norm(config, weights, f"{prefix}mlp_norm")
-        self._mlp = take_mlp(config, weights, prefix)
-
-    def __call__(
-        self,
-        hidden: Tensor,
-        *,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        """See `Layer`."""
-        x = self._input_norm(hidden)
-        x = self._attention(x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata)
-        x, hidden = self._mlp_norm.add(self._tp.all_reduce(x), hidden)
-        return hidden + self._tp.all_reduce(self._mlp(x))
-
-
-class ParallelLayer:
-    """Attention and MLP side by side (Wang and Komatsuzaki, 2021); ranks sum both at once."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        weights: Weights,
-        *,
-        layer: int,
-        shard: Shard,
-        tp: TensorParallel,
-        backend: AttentionBackend,
-    ) -> None:
-        prefix = f"layers.{layer}."
+        self._is_parallel = config.layout == "parallel"
         self._tp = tp
         self._input_norm = take_norm(config, weights, f"{prefix}input_norm")
         self._attention = Attention(config, weights, layer=layer, shard=shard, backend=backend)
@@ -101,25 +56,13 @@ class ParallelLayer:
         v_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """See `Layer`."""
+        """Return the layer's output, [T, D], for hidden states, [T, D]; both are the same on all ranks."""
         x = self._input_norm(hidden)
-        mlp = self._mlp(x if self._mlp_norm is None else self._mlp_norm(hidden))
         attention = self._attention(x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata)
-        return hidden + self._tp.all_reduce(attention + mlp)
-
-
-def take_layer(
-    config: DecoderConfig,
-    weights: Weights,
-    *,
-    layer: int,
-    shard: Shard,
-    tp: TensorParallel,
-    backend: AttentionBackend,
-) -> Layer:
-    """Take a layer out of the weights."""
-    kinds: dict[str, type[SequentialLayer] | type[ParallelLayer]] = {
-        "sequential": SequentialLayer,
-        "parallel": ParallelLayer,
-    }
-    return kinds[config.layout](config, weights, layer=layer, shard=shard, tp=tp, backend=backend)
+        if self._is_parallel:
+            # The ranks sum both at once (Wang and Komatsuzaki, 2021).
+            mlp = self._mlp(x if self._mlp_norm is None else self._mlp_norm(hidden))
+            return hidden + self._tp.all_reduce(attention + mlp)
+        assert self._mlp_norm is not None, "see DecoderConfig"
+        x, hidden = self._mlp_norm.add(self._tp.all_reduce(attention), hidden)
+        return hidden + self._tp.all_reduce(self._mlp(x))

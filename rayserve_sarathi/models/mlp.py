@@ -3,7 +3,6 @@
 Dimensions: T tokens in the step; D hidden size; E experts; C experts chosen for each token.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -23,28 +22,17 @@ class Mlp(Protocol):
         """Return what the rank contributes, [T, D], for x, [T, D]: the sum over all ranks is the MLP's output."""
 
 
-class GatedMlp:
-    """The SwiGLU of Llama: down(silu(gate) * up)."""
+class DenseMlp:
+    """Two matrices with an activation between: the SwiGLU of Llama, or a GELU, the exact one and not its tanh form."""
 
     def __init__(self, config: DecoderConfig, weights: Weights, prefix: str) -> None:
-        self._gate_up = Linear(weights.pop(f"{prefix}up"), weights.pop(f"{prefix}up_bias", None))
-        self._down = Linear(weights.pop(f"{prefix}down"), weights.pop(f"{prefix}down_bias", None))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """See `Mlp`."""
-        return self._down(silu_mul(self._gate_up(x)))
-
-
-class GeluMlp:
-    """Two matrices with a GELU between, which is the exact one and not its tanh approximation."""
-
-    def __init__(self, config: DecoderConfig, weights: Weights, prefix: str) -> None:
+        self._activate = F.gelu if config.mlp == "gelu" else silu_mul
         self._up = Linear(weights.pop(f"{prefix}up"), weights.pop(f"{prefix}up_bias", None))
         self._down = Linear(weights.pop(f"{prefix}down"), weights.pop(f"{prefix}down_bias", None))
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Mlp`."""
-        return self._down(F.gelu(self._up(x)))
+        return self._down(self._activate(self._up(x)))
 
 
 class Experts:
@@ -57,7 +45,7 @@ class Experts:
         self._num_chosen = config.num_experts_per_tok
         self._router = Linear(weights.pop(f"{prefix}router"))
         self._experts = [
-            GatedMlp(config, weights, f"{prefix}experts.{expert}.") for expert in range(config.num_local_experts)
+            DenseMlp(config, weights, f"{prefix}experts.{expert}.") for expert in range(config.num_local_experts)
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -79,9 +67,4 @@ class Experts:
 
 def take_mlp(config: DecoderConfig, weights: Weights, prefix: str) -> Mlp:
     """Take the MLP whose names begin with a prefix out of the weights."""
-    kinds: dict[str, Callable[[DecoderConfig, Weights, str], Mlp]] = {
-        "gated": GatedMlp,
-        "gelu": GeluMlp,
-        "experts": Experts,
-    }
-    return kinds[config.mlp](config, weights, prefix)
+    return (Experts if config.mlp == "experts" else DenseMlp)(config, weights, prefix)

@@ -3,7 +3,6 @@
 Dimensions: N query and K KV heads; G = N / K; H head size; D hidden size; F intermediate size; V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -148,24 +147,23 @@ def _experts(config: DecoderConfig, shard: Shard, ours: str, theirs: str) -> Par
 
 def _mlp(config: DecoderConfig, shard: Shard, ours: str, theirs: str) -> Parameters:
     names, hidden, intermediate = config.weight_names, config.hidden_size, config.intermediate_size
-    up = [f"{theirs}{name}" for name in names.up]
     parameters = {
-        f"{ours}up": _stack(lambda name: _rows(f"{name}.weight", (intermediate, hidden), shard.intermediate), up),
+        f"{ours}up": Parameter(
+            parts=tuple(
+                _rows(f"{theirs}{name}.weight", (intermediate, hidden), shard.intermediate) for name in names.up
+            )
+        ),
         f"{ours}down": Parameter(
             parts=(_columns(f"{theirs}{names.down}.weight", (hidden, intermediate), shard.intermediate),)
         ),
     }
     if config.has_mlp_bias:
-        parameters[f"{ours}up_bias"] = _stack(
-            lambda name: _rows(f"{name}.bias", (intermediate,), shard.intermediate), up
+        parameters[f"{ours}up_bias"] = Parameter(
+            parts=tuple(_rows(f"{theirs}{name}.bias", (intermediate,), shard.intermediate) for name in names.up)
         )
         if shard.tp_rank == 0:
             parameters[f"{ours}down_bias"] = _whole(f"{theirs}{names.down}.bias", (hidden,))
     return parameters
-
-
-def _stack(part: Callable[[str], TensorPart], names: list[str]) -> Parameter:
-    return Parameter(parts=tuple(part(name) for name in names))
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Parameter:

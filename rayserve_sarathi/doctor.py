@@ -16,6 +16,7 @@ from rayserve_sarathi.execution.memory_estimate import Memory, MemoryEstimate, e
 from rayserve_sarathi.links import LinkSpeed
 from rayserve_sarathi.models.resolve import resolve_folder, resolve_model
 from rayserve_sarathi.placement import (
+    MAX_DEAD_ENDS,
     Group,
     Node,
     Resources,
@@ -263,13 +264,14 @@ def _examine_placement(
     def finding(level: Level, text: str) -> Finding:
         return Finding(level=level, topic="placement", text=text)
 
-    shortage = explain_shortage([*groups_before, *groups], nodes)
-    if shortage is not None:
+    placed = place([*groups_before, *groups], {node.name: node.total for node in nodes})
+    if placed is None:
+        shortage = explain_shortage([*groups_before, *groups], nodes)
+        if shortage is None:
+            return [finding("warning", f"no room found in {MAX_DEAD_ENDS:,} tries, after which the search ends")], ()
         if config.wait_for_nodes:
             return [finding("warning", f"waits until the cluster adds nodes (wait_for_nodes): {shortage}")], ()
         return [finding("problem", f"can never be placed: {shortage}")], ()
-    placed = place([*groups_before, *groups], {node.name: node.total for node in nodes})
-    assert placed is not None, "there is no shortage"
     mine = placed[len(groups_before) :]
     findings = [finding("ok", _describe_places(groups, mine))]
     if (shortage := explain_shortage(groups, nodes, now=True)) is not None:

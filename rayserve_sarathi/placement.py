@@ -1,10 +1,11 @@
 """Whether the nodes of a cluster can hold what pipelines reserve, and who is short of what where they cannot.
 
 Ray places a group of bundles whole or not at all, and waits without a word while it cannot. Its own search is greedy;
-this one is exact, so "never" means never. Amounts are compared in Ray's unit, 1/10000.
+this one is exact, so "never" means never; where it would take too long it gives up. Amounts are compared in Ray's unit,
+1/10000.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -15,6 +16,8 @@ Resources = Mapping[str, float]
 _Config = TypeVar("_Config", bound=EngineConfig)
 
 SCHEDULER_CPUS = 0.1
+MAX_DEAD_ENDS = 20_000
+"""Of a search. Pipelines of one kind on nodes of one kind meet few; the number of ways to mix kinds explodes."""
 _UNITS = 10_000
 _MAX_NODES_NAMED = 4
 
@@ -129,14 +132,18 @@ def place(groups: Sequence[Group], capacities: Mapping[str, Resources]) -> tuple
         capacities: What each node has, by its name.
 
     Returns:
-        Of each group, its bundles' nodes; None if there is no room. PACK and SPREAD are wishes that the choice of nodes
-        follows where it can, as Ray's does; it need not be Ray's choice.
+        Of each group, its bundles' nodes; None if there is no room, or, with many groups of several kinds, if none was
+        found after `MAX_DEAD_ENDS`. PACK and SPREAD are wishes that the choice of nodes follows where it can, as Ray's
+        does; it need not be Ray's choice.
     """
-    return _Search(groups, capacities).run()
+    try:
+        return _Search(groups, capacities).run()
+    except _GivenUpError:
+        return None
 
 
 def explain_shortage(groups: Sequence[Group], nodes: Sequence[Node], *, now: bool = False) -> str | None:
-    """Return why the groups find no room, or None if they do.
+    """Return why the groups find no room, or None if they do, or if the search was given up: see `place`.
 
     Args:
         groups: What to place.
@@ -145,13 +152,14 @@ def explain_shortage(groups: Sequence[Group], nodes: Sequence[Node], *, now: boo
             ever be placed.
     """
     capacities = {node.name: node.available if now else node.total for node in nodes}
-    if place(groups, capacities) is not None:
+    try:
+        if _Search(groups, capacities).run() is not None:
+            return None
+        if not nodes:
+            return "the cluster has no node; start one with ray start"
+        fitting, placed = _longest_fitting(groups, capacities)
+    except _GivenUpError:
         return None
-    if not nodes:
-        return "the cluster has no node; start one with ray start"
-    fitting = _longest_fitting(groups, capacities)
-    placed = place(fitting, capacities)
-    assert placed is not None, "nothing at all always fits"
     num_placed = len(fitting[-1].bundles) if fitting else 0
     group = groups[len(fitting) - 1] if fitting else groups[0]
     if num_placed == len(group.bundles):
@@ -165,17 +173,31 @@ def format_resources(resources: Resources) -> str:
     return " and ".join(f"{_number(resources[name])} {name}" for name in order if resources[name]) or "nothing"
 
 
-def _longest_fitting(groups: Sequence[Group], capacities: Mapping[str, Resources]) -> list[Group]:
-    """Return the longest beginning of all bundles, in order, that finds room."""
+def _longest_fitting(
+    groups: Sequence[Group], capacities: Mapping[str, Resources]
+) -> tuple[list[Group], tuple[tuple[str, ...], ...]]:
+    """Return the longest beginning of all bundles, in order, that finds room, and where; all of them do not."""
     fitting: list[Group] = []
+    placed: tuple[tuple[str, ...], ...] = ()
+    # Whatever finds room, each beginning of it does: so halve what is between the two.
+    low, high = 0, sum(len(group.bundles) for group in groups)
+    while high - low > 1:
+        middle = (low + high) // 2
+        beginning = _first_bundles(groups, middle)
+        if (found := _Search(beginning, capacities).run()) is None:
+            high = middle
+        else:
+            low, fitting, placed = middle, beginning, found
+    return fitting, placed
+
+
+def _first_bundles(groups: Sequence[Group], count: int) -> list[Group]:
+    beginning = []
     for group in groups:
-        for count in range(1, len(group.bundles) + 1):
-            partial = Group(name=group.name, bundles=group.bundles[:count], strategy=group.strategy)
-            longer = [*(fitting if count == 1 else fitting[:-1]), partial]
-            if place(longer, capacities) is None:
-                return fitting
-            fitting = longer
-    return fitting
+        if count > 0:
+            beginning.append(replace(group, bundles=group.bundles[:count]))
+        count -= len(group.bundles)
+    return beginning
 
 
 def _explain(
@@ -256,6 +278,10 @@ class _Item(NamedTuple):
     needs: _Vector
 
 
+class _GivenUpError(Exception):
+    """A search has met too many dead ends: nothing is known."""
+
+
 class _Search:
     """Exact search, item by item, that gives up a branch as soon as some kind of item cannot all find room."""
 
@@ -268,11 +294,44 @@ class _Search:
         ]
         self._items = [item for index in range(len(groups)) for item in self._items_of(index, names)]
         self._node_of: list[int] = []
-        self._dead_ends: set[tuple[int, tuple[tuple[_Vector, bool], ...]]] = set()
+        """Nodes of the first items, which have their place."""
+        self._begins: list[int] = []
+        """Of each item, the first one of its group."""
+        for index, item in enumerate(self._items):
+            is_first = index == 0 or self._items[index - 1].group != item.group
+            self._begins.append(index if is_first else self._begins[-1])
+        self._dead_ends: dict[int, set[tuple[tuple[_Vector, bool], ...]]] = {}
+        self._num_dead_ends = 0
+        # For `_may_fit`: of each kind of item and of each resource, what those from an index on want, and what is left.
+        self._kinds = sorted({item.needs for item in self._items if any(item.needs)})
+        self._wanted = [(*(0 for _ in self._kinds), *(0 for _ in names))]
+        for item in reversed(self._items):
+            step = (*(int(item.needs == kind) for kind in self._kinds), *item.needs)
+            self._wanted.append(_plus(self._wanted[-1], step))
+        self._wanted.reverse()
+        self._room = self._wanted[-1]
+        for left in self._left:
+            self._room = _plus(self._room, self._room_in(left))
 
     def run(self) -> tuple[tuple[str, ...], ...] | None:
-        if not self._place_from(0):
-            return None
+        # Of each item up to the first without a place, the nodes still to be tried. They may be too many to recurse.
+        branches: list[Iterator[int]] = []
+        while (index := len(self._node_of)) < len(self._items):
+            if len(branches) == index:
+                branches.append(self._choose(index))
+            node = next(branches[-1], None)
+            if node is not None:
+                self._take(node, self._items[index].needs)
+                self._node_of.append(node)
+                continue
+            branches.pop()
+            self._num_dead_ends += 1
+            if self._num_dead_ends > MAX_DEAD_ENDS:
+                raise _GivenUpError
+            self._dead_ends.setdefault(index, set()).add(self._state(index))
+            if index == 0:
+                return None
+            self._take(self._node_of.pop(), tuple(-need for need in self._items[index - 1].needs))
         nodes = [[""] * len(group.bundles) for group in self._groups]
         for item, node in zip(self._items, self._node_of, strict=True):
             for bundle in item.bundles:
@@ -287,17 +346,13 @@ class _Search:
         largest_first = sorted(range(len(vectors)), key=lambda bundle: sum(vectors[bundle]), reverse=True)
         return [_Item(index, (bundle,), vectors[bundle]) for bundle in largest_first]
 
-    def _place_from(self, index: int) -> bool:
-        if index == len(self._items):
-            return True
+    def _choose(self, index: int) -> Iterator[int]:
+        """Yield the nodes that an item may go to, one of each kind, the preferred first."""
+        if not self._may_fit(index) or (index in self._dead_ends and self._state(index) in self._dead_ends[index]):
+            return
         item = self._items[index]
-        # Nodes that this group has a bundle on already.
-        begin = next(i for i, other in enumerate(self._items) if other.group == item.group)
-        used = self._node_of[begin:index]
+        used = self._used(index)
         strategy = self._groups[item.group].strategy
-        state = tuple(sorted((left, node in used) for node, left in enumerate(self._left)))
-        if (index, state) in self._dead_ends or not self._may_fit(index):
-            return False
         tried: set[tuple[_Vector, bool]] = set()
         for node in self._by_preference(used, strategy):
             left = self._left[node]
@@ -305,32 +360,44 @@ class _Search:
             if kind in tried or (strategy == "STRICT_SPREAD" and node in used):
                 continue
             tried.add(kind)
-            if any(need > have for need, have in zip(item.needs, left, strict=True)):
-                continue
-            self._left[node] = tuple(have - need for need, have in zip(item.needs, left, strict=True))
-            self._node_of.append(node)
-            if self._place_from(index + 1):
-                return True
-            self._node_of.pop()
-            self._left[node] = left
-        self._dead_ends.add((index, state))
-        return False
+            if all(need <= have for need, have in zip(item.needs, left, strict=True)):
+                yield node
+
+    def _used(self, index: int) -> list[int]:
+        """Return the nodes that have items of this item's group already."""
+        return self._node_of[self._begins[index] : index]
+
+    def _state(self, index: int) -> tuple[tuple[_Vector, bool], ...]:
+        """Return all that matters for the items from `index` on."""
+        used = self._used(index)
+        return tuple(sorted((left, node in used) for node, left in enumerate(self._left)))
+
+    def _take(self, node: int, needs: _Vector) -> None:
+        before = self._left[node]
+        after = tuple(have - need for need, have in zip(needs, before, strict=True))
+        self._left[node] = after
+        self._room = tuple(
+            room + new - old
+            for room, new, old in zip(self._room, self._room_in(after), self._room_in(before), strict=True)
+        )
+
+    def _room_in(self, left: _Vector) -> _Vector:
+        """Return how many items of each kind, were it alone, find room in what is left of a node; and what is left."""
+        return (*(_times(kind, left) for kind in self._kinds), *left)
 
     def _may_fit(self, index: int) -> bool:
         """Whether, were each kind of item alone, all that are left of it would find room; and all together by sums."""
-        counts: dict[_Vector, int] = {}
-        for item in self._items[index:]:
-            counts[item.needs] = counts.get(item.needs, 0) + 1
-        for needs, count in counts.items():
-            if any(needs) and sum(_times(needs, left) for left in self._left) < count:
-                return False
-        total = [sum(column) for column in zip(*self._left, strict=True)]
-        wanted = [sum(column) for column in zip(*(item.needs for item in self._items[index:]), strict=True)]
-        return bool(self._left) and all(want <= have for want, have in zip(wanted, total, strict=True))
+        return bool(self._left) and all(
+            want <= room for want, room in zip(self._wanted[index], self._room, strict=True)
+        )
 
     def _by_preference(self, used: Sequence[int], strategy: str) -> list[int]:
         nodes = sorted(range(len(self._left)), key=lambda node: self._left[node], reverse=True)
         return sorted(nodes, key=lambda node: node not in used) if "PACK" in strategy else sorted(nodes, key=used.count)
+
+
+def _plus(a: _Vector, b: _Vector) -> _Vector:
+    return tuple(left + right for left, right in zip(a, b, strict=True))
 
 
 def _times(needs: _Vector, left: _Vector) -> int:

@@ -263,6 +263,23 @@ def test_replicas_that_serve_would_refuse_are_refused(tmp_path: Path, options: d
         read_entry(tmp_path, {"deployments": [{"name": "SchedulerActor", **options}]})
 
 
+def test_a_search_that_was_given_up_is_a_warning(tmp_path: Path):
+    application = {"import_path": IMPORT_PATH, "args": {"model": "sarathi-tiny", "device": "cpu"}}
+    entries = [
+        {**application, "name": name, "args": {**application["args"], "num_cpus_per_rank": num_cpus}}
+        for name, num_cpus in (("small", 2.9), ("large", 4.9))
+    ]
+    deployments = [{"name": "SchedulerActor", "num_replicas": 20}]
+    file = tmp_path / "app.yaml"
+    file.write_text(yaml.safe_dump({"applications": [{**entry, "deployments": deployments} for entry in entries]}))
+    nodes = [make_node(f"n{index}", CPU=8) for index in range(18)]
+    nodes += [make_node("odd", CPU=7), make_node("even", CPU=9)]
+    report = examine(str(file), read_deployment(file), nodes, [], gpu_memory_gib=None)
+
+    assert [finding.level for finding in of_topic(report, "placement")] == ["ok", "warning"]
+    assert of_topic(report, "placement")[1].text == "no room found in 20,000 tries, after which the search ends"
+
+
 def test_applications_of_one_file_share_the_cluster(tmp_path: Path):
     application = {"import_path": IMPORT_PATH, "args": {"model": "sarathi-tiny"}}
     file = tmp_path / "app.yaml"

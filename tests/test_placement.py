@@ -96,6 +96,25 @@ def test_a_large_cluster_is_searched_at_once():
     assert place(groups, {f"node {index}": {"GPU": 8, "CPU": 8} for index in range(64)}) is None
 
 
+def test_a_hundred_pipelines_are_searched_and_explained():
+    groups = [make_group({"CPU": 0.1}, *[{"GPU": 4, "CPU": 4}] * 4, name=f"pipeline {index}") for index in range(100)]
+    nodes = [make_node(f"node {index}", {"GPU": 8, "CPU": 64}) for index in range(200)]
+
+    assert explain_shortage(groups, nodes) is None
+    explanation = explain_shortage(groups, nodes[:150])
+    assert explanation is not None and explanation.startswith("bundle 1 of pipeline 75 needs 4 GPU and 4 CPU")
+
+
+def test_a_search_that_would_take_hours_is_given_up():
+    # As many GPUs as are wanted, but a node of 7 leaves one or two idle, which only trying all mixes shows.
+    groups = [make_group({"CPU": 0.1}, {"GPU": size}, {"GPU": size}) for size in (3, 5) for _ in range(20)]
+    nodes = [make_node(f"node {index}", {"GPU": 8, "CPU": 9}) for index in range(38)]
+    nodes += [make_node("odd", {"GPU": 7, "CPU": 9}), make_node("even", {"GPU": 9, "CPU": 9})]
+
+    assert place(groups, {node.name: node.total for node in nodes}) is None
+    assert explain_shortage(groups, nodes) is None
+
+
 def test_pack_and_spread_choose_as_few_and_as_many_nodes_as_they_can():
     nodes = {name: {"CPU": 8.0} for name in "abc"}
     (packed,) = place([make_group(*[{"CPU": 2.0}] * 3, strategy="PACK")], nodes) or [()]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import uvicorn
 
 from rayserve_sarathi import trace_command
@@ -70,6 +71,39 @@ async def test_a_server_without_admin_keys_has_no_trace(tmp_path: Path, capsys):
         assert await command("--url", url, "--key", "any", "--output", str(tmp_path / "trace.json")) == 1
 
     assert "only if ingress.admin_keys is set" in capsys.readouterr().err
+
+
+async def test_the_key_may_come_from_the_environment(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    output = tmp_path / "trace.json"
+    async with served(IngressConfig(admin_keys=("admin",))) as url:
+        monkeypatch.delenv("SARATHI_ADMIN_KEY", raising=False)
+        assert await command("--url", url, "--output", str(output)) == 1
+        assert (
+            "no key; give one of the server's ingress.admin_keys by --key or SARATHI_ADMIN_KEY"
+            in capsys.readouterr().err
+        )
+        monkeypatch.setenv("SARATHI_ADMIN_KEY", "admin")
+        assert await command("--url", url, "--output", str(output)) == 0
+
+    assert json.loads(output.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"traceEvents": 3}', b"no JSON"])
+async def test_an_answer_that_is_no_trace_is_an_error_in_a_line(tmp_path: Path, capsys, body: bytes):
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    output = tmp_path / "trace.json"
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert await command("--url", url, "--key", "any", "--output", str(output)) == 1
+
+    assert f"error: no trace from {url}: " in capsys.readouterr().err
+    assert not output.exists()
 
 
 async def test_no_server_is_an_error_in_a_line(tmp_path: Path, capsys):

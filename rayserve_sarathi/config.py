@@ -204,6 +204,9 @@ class IngressConfig:
             raise ConfigError("api_keys holds an empty key; remove it or leave api_keys out to open the server")
         if any(not key for key in self.admin_keys):
             raise ConfigError("admin_keys holds an empty key; remove it or leave admin_keys out to close /debug")
+        for name in ("api_keys", "admin_keys"):
+            if any(key != key.strip() for key in getattr(self, name)):
+                raise ConfigError(f"{name} holds a key that begins or ends with a space, which no client can send")
         if set(self.api_keys) & set(self.admin_keys):
             raise ConfigError("a key is in both api_keys and admin_keys; an admin key opens every route by itself")
         for name in ("max_body_bytes", "max_prompts_per_request", "max_num_choices"):

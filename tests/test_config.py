@@ -58,6 +58,8 @@ DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments"
         ({"model": "m", "scheduler": {"watermark": 1}}, "watermark must be at least 0 and less than 1"),
         ({"model": "m", "ingress": {"api_keys": [""]}}, "empty key"),
         ({"model": "m", "ingress": {"admin_keys": ["a", ""]}}, "admin_keys holds an empty key"),
+        ({"model": "m", "ingress": {"api_keys": ["a", "b "]}}, "api_keys holds a key that begins or ends with a space"),
+        ({"model": "m", "ingress": {"admin_keys": ["\tb"]}}, "admin_keys holds a key that begins or ends with a space"),
         ({"model": "m", "ingress": {"api_keys": ["a", "b"], "admin_keys": ["b"]}}, "both api_keys and admin_keys"),
         ({"model": "m", "ingress": {"max_body_bytes": 0}}, "max_body_bytes must be at least 1"),
         ({"model": "m", "ingress": {"request_timeout_s": -1}}, "request_timeout_s must be a number greater than 0"),

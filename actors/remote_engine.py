@@ -103,7 +103,8 @@ class RemoteEngine:
     ) -> AsyncIterator[RequestOutput]:
         """See `EngineClient`."""
         token_ids = array("i", prompt_token_ids)
-        if self._block_size is None or sampling.prompt_logprobs is not None:
+        # Where there is one pipeline at most, nobody asks for the marks.
+        if self._num_pipelines <= 1 or self._block_size is None or sampling.prompt_logprobs is not None:
             prefix = PrefixMarks()
         else:
             prefix = marks_of_prompt(token_ids, block_size=self._block_size, cache_salt=cache_salt)

@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayserve_sarathi.actors.link_end import LinkEnd
 from rayserve_sarathi.actors.nodes import cluster_nodes
-from rayserve_sarathi.doctor import LinkResult, examine, read_deployment, render
+from rayserve_sarathi.deployment_file import read_deployment
+from rayserve_sarathi.doctor import LinkResult, examine, render
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.placement import Node
 

@@ -1,12 +1,12 @@
 """Whether the nodes of a cluster can hold what pipelines reserve, and who is short of what where they cannot.
 
 Ray places a group of bundles whole or not at all, and waits without a word while it cannot. Its own search is greedy;
-this one is exact, so "never" means never; where it would take too long it gives up. Amounts are compared in Ray's unit,
-1/10000.
+this one is exact, so "never" means never; where that takes too long it gives up. Amounts are in Ray's unit, 1/10000.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import le
 from typing import NamedTuple, TypeVar
 
 from rayserve_sarathi.config import EngineConfig, PlacementStrategy
@@ -309,9 +309,7 @@ class _Search:
             step = (*(int(item.needs == kind) for kind in self._kinds), *item.needs)
             self._wanted.append(_plus(self._wanted[-1], step))
         self._wanted.reverse()
-        self._room = self._wanted[-1]
-        for left in self._left:
-            self._room = _plus(self._room, self._room_in(left))
+        self._room = _plus(self._wanted[-1], *map(self._room_in, self._left))
 
     def run(self) -> tuple[tuple[str, ...], ...] | None:
         # Of each item up to the first without a place, the nodes still to be tried. They may be too many to recurse.
@@ -331,7 +329,7 @@ class _Search:
             self._dead_ends.setdefault(index, set()).add(self._state(index))
             if index == 0:
                 return None
-            self._take(self._node_of.pop(), tuple(-need for need in self._items[index - 1].needs))
+            self._take(self._node_of.pop(), _minus(self._items[index - 1].needs))
         nodes = [[""] * len(group.bundles) for group in self._groups]
         for item, node in zip(self._items, self._node_of, strict=True):
             for bundle in item.bundles:
@@ -342,7 +340,7 @@ class _Search:
         group = self._groups[index]
         vectors = [tuple(round(bundle.needs.get(name, 0.0) * _UNITS) for name in names) for bundle in group.bundles]
         if group.strategy == "STRICT_PACK":
-            return [_Item(index, tuple(range(len(vectors))), tuple(map(sum, zip(*vectors, strict=True))))]
+            return [_Item(index, tuple(range(len(vectors))), _plus(*vectors))]
         largest_first = sorted(range(len(vectors)), key=lambda bundle: sum(vectors[bundle]), reverse=True)
         return [_Item(index, (bundle,), vectors[bundle]) for bundle in largest_first]
 
@@ -374,12 +372,9 @@ class _Search:
 
     def _take(self, node: int, needs: _Vector) -> None:
         before = self._left[node]
-        after = tuple(have - need for need, have in zip(needs, before, strict=True))
+        after = _plus(before, _minus(needs))
         self._left[node] = after
-        self._room = tuple(
-            room + new - old
-            for room, new, old in zip(self._room, self._room_in(after), self._room_in(before), strict=True)
-        )
+        self._room = _plus(self._room, self._room_in(after), _minus(self._room_in(before)))
 
     def _room_in(self, left: _Vector) -> _Vector:
         """Return how many items of each kind, were it alone, find room in what is left of a node; and what is left."""
@@ -387,17 +382,19 @@ class _Search:
 
     def _may_fit(self, index: int) -> bool:
         """Whether, were each kind of item alone, all that are left of it would find room; and all together by sums."""
-        return bool(self._left) and all(
-            want <= room for want, room in zip(self._wanted[index], self._room, strict=True)
-        )
+        return bool(self._left) and all(map(le, self._wanted[index], self._room))
 
     def _by_preference(self, used: Sequence[int], strategy: str) -> list[int]:
         nodes = sorted(range(len(self._left)), key=lambda node: self._left[node], reverse=True)
         return sorted(nodes, key=lambda node: node not in used) if "PACK" in strategy else sorted(nodes, key=used.count)
 
 
-def _plus(a: _Vector, b: _Vector) -> _Vector:
-    return tuple(left + right for left, right in zip(a, b, strict=True))
+def _plus(*vectors: _Vector) -> _Vector:
+    return tuple(map(sum, zip(*vectors, strict=True)))
+
+
+def _minus(vector: _Vector) -> _Vector:
+    return tuple(-amount for amount in vector)
 
 
 def _times(needs: _Vector, left: _Vector) -> int:

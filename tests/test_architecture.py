@@ -15,6 +15,7 @@ LAYERS = [
     {"cli"},
     {"actors"},
     {"doctor", "llm", "trace_command"},
+    {"deployment_file"},
     {"openai", "local_engine"},
     {"engine"},
     {"execution", "scheduling", "text", "routing", "placement_wait"},

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from rayserve_sarathi.config import AppConfig, parse
-from rayserve_sarathi.doctor import IMPORT_PATH, Application, examine
+from rayserve_sarathi.deployment_file import IMPORT_PATH, Application
+from rayserve_sarathi.doctor import examine
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.placement import Node, resolve_auto
 from tests.deployment_files import FAMILIES, FOLDER, laptop_args, read_file

@@ -8,7 +8,7 @@ import yaml
 from ray.exceptions import AuthenticationError
 
 from rayserve_sarathi.cli import main
-from rayserve_sarathi.doctor import IMPORT_PATH
+from rayserve_sarathi.deployment_file import IMPORT_PATH
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.errors import EngineDeadError, PipelineFaultError
+from rayserve_sarathi.errors import EngineDeadError, PipelineFaultError, SarathiError
 from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kv.block_manager import BlockManager
@@ -26,6 +26,8 @@ Deliver = Callable[[list[RequestOutput]], None]
 
 _MAX_FAILED_STEPS = 8
 """A single bad step fails its own requests; so many in a row mean that the pipeline is broken."""
+_MIN_REBUILD_PAUSE_S = 0.5
+_MAX_REBUILD_PAUSE_S = 30.0
 
 
 class RebuildLimit:
@@ -220,9 +222,7 @@ class Engine:
             raise
         except Exception as error:  # the outermost frame of the loop: whoever waits for tokens must hear of it
             logger.exception("the engine stops")
-            fault_text = (
-                str(error) if isinstance(error, EngineDeadError) else f"internal error ({type(error).__name__})"
-            )
+            fault_text = str(error) if isinstance(error, SarathiError) else f"internal error ({type(error).__name__})"
             self._die(fault_text)
             raise EngineDeadError(fault_text) from error
         finally:
@@ -293,21 +293,25 @@ class Engine:
         self._is_rebuilding = True
         begin_s = self._clock()
         broken = set(fault.stages)
+        pause_s = 0.0
         while True:
             self._scheduler.metrics.num_stage_restarts[fault.reason] += 1
             is_within = self._rebuild_limit.count(self._clock())
             # Attempts that each take long never are many in a window.
             if not is_within or self._clock() - begin_s > self._rebuild_limit.window_s:
                 raise EngineDeadError(f"the pipeline is given up: {fault}")
-            logger.warning("the pipeline failed (%s); rebuilding it", fault)
+            logger.warning("the pipeline failed (%s); rebuilding it", fault, exc_info=fault.__cause__)
             self._scheduler.restart()
             self._steps.restart()
+            # What was in the way of the last attempt may take a while to go, such as memory of a process that ends.
+            await asyncio.sleep(pause_s)
             try:
                 await self._pipeline.rebuild(broken)
                 break
             except PipelineFaultError as another:
                 fault = another
                 broken |= another.stages
+                pause_s = min(max(2 * pause_s, _MIN_REBUILD_PAUSE_S), _MAX_REBUILD_PAUSE_S)
         self._is_rebuilding = False
         num_requests = len(list(self._scheduler.request_ids()))
         logger.info("the pipeline is back after %.1f s; %d requests go on", self._clock() - begin_s, num_requests)
@@ -331,13 +335,16 @@ class Engine:
                 step_output = receiving.result()
             finally:
                 receiving.cancel()
+            fault = step_output.fault
+            if fault is not None and fault.is_consequence:
+                # If what it follows from is a death, that is no fault of the step's requests: they go on.
+                await self._pipeline.check_health()
             now_s = self._clock()
             outputs = self._scheduler.update(step_output, now_s)
             self._wake.set()
             if outputs:
                 self._deliver(outputs)
             self._steps.note_return(step_output, now_s)
-            fault = step_output.fault
             num_failures = 0 if fault is None else num_failures + 1
             if fault is not None and fault.is_stage_broken:
                 raise PipelineFaultError(fault.message, reason="failed", stages=(fault.stage,))

@@ -32,6 +32,8 @@ class ScriptedPipeline:
         self._num_submitted = 0
         self._submitted = asyncio.Condition()
         self.num_failing = 0
+        self.step_fault = StepFault(message="stage 1 failed", stage=1)
+        self.lost: PipelineFaultError | None = None
         self.fault: PipelineFaultError | None = None
         self.rebuilds: list[set[int]] = []
         self.rebuild_faults: list[Exception] = []
@@ -61,7 +63,7 @@ class ScriptedPipeline:
                 step_id=step.step_id,
                 epoch=step.epoch,
                 token_ids=np.empty(0, np.int32),
-                fault=StepFault(message="stage 1 failed", stage=1),
+                fault=self.step_fault,
             )
         return replace(self._model.run(step), timings=self._time_stages())
 
@@ -82,10 +84,11 @@ class ScriptedPipeline:
         self._inside = asyncio.Queue()
         self._model = HashModel(num_blocks=64, block_size=4)
         self.fault = None
+        self.lost = None
 
     async def check_health(self) -> None:
-        if self.fault is not None:
-            raise self.fault
+        if fault := self.fault or self.lost:
+            raise fault
 
     async def close(self) -> None:
         self.is_closed = True
@@ -205,6 +208,24 @@ async def test_many_failed_steps_in_a_row_mean_that_their_stage_is_broken():
     assert supervised.pipeline.rebuilds == [{1}]
     assert supervised.scheduler.metrics.num_stage_restarts == {"failed": 1}
     assert tokens_of(fine) == expected(PROMPT, 6)
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+async def test_a_rank_that_lost_another_fails_the_step_unless_that_one_died(is_dead: bool):
+    async with Supervised() as supervised:
+        pipeline = supervised.pipeline
+        pipeline.step_fault = StepFault(message="lost a rank", stage=1, is_stage_broken=True, is_consequence=True)
+        pipeline.num_failing = 1
+        if is_dead:
+            pipeline.lost = PipelineFaultError("stage 1, rank 1, is dead", reason="died", stages=[1])
+        outputs = await supervised.start("request")
+        await pipeline.is_rebuilding.wait()
+
+    assert pipeline.rebuilds == [{1}]
+    if is_dead:
+        assert tokens_of(outputs) == expected(PROMPT, 6)
+    else:
+        assert [(output.finish_reason, output.error) for output in outputs] == [(FinishReason.ERROR, "lost a rank")]
 
 
 async def test_streams_go_on_with_the_same_tokens_after_a_fault():

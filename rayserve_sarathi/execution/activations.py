@@ -103,7 +103,7 @@ class ByProcessGroup:
             if len(self._sending) > _MAX_SENDING:
                 # Waiting for the newest would keep the device from computing meanwhile; so old a one has long arrived.
                 self._sending.popleft()[0].wait()
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:  # the latter if it is closed just now
             raise _fault(error) from error
         return None
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from rayserve_sarathi.errors import PipelineFaultError, WireError
@@ -226,7 +227,19 @@ class SocketStage:
                 message = replace(message, hidden=None, fault=fault)
             output = self._stage.execute(message, receive_s)
             if self._downstream is not None:
-                self._computed.put(encode(output if isinstance(output, StepOutput) else pack(output, self._send_by)))
+                self._computed.put(self._make_frame(output))
+
+    def _make_frame(self, output: StageMessage | StepOutput) -> Frame:
+        if not isinstance(output, StepOutput):
+            return encode(pack(output, self._send_by))
+        try:
+            return encode(output)
+        except WireError as error:  # of logprobs beyond measure, say: the step's fault, not the stage's
+            logger.error("%s: step %d cannot be sent: %s", self._name, output.step_id, error)
+            fault = StepFault(message=f"{self._name}: {error}", stage=self._stage.index)
+            token_ids = np.empty(0, dtype=np.int32)
+            failed = StepOutput(step_id=output.step_id, epoch=output.epoch, token_ids=token_ids, fault=fault)
+            return encode(replace(failed, timings=output.timings))
 
     def _send(self, downstream: Connection) -> None:
         """Send what is computed, while the next step is."""

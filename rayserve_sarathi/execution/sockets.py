@@ -33,6 +33,9 @@ _MAX_STRANGERS = 64
 """Peers in a handshake at a time; the oldest gives way to the newest."""
 _MAX_PIECES = 512
 """Of a single `sendmsg`; Linux takes 1024."""
+_LIVENESS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+"""A network that carries nothing any more ends a connection after 25 s (idle) or 30 s (with data on the way); Linux
+would take two hours and a quarter of one. Seconds, a number, milliseconds; other systems lack some of them."""
 
 
 class Connection:
@@ -47,6 +50,10 @@ class Connection:
         sock.setblocking(True)
         # A step waits for its last bytes, which must not wait for others to fill a packet.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _LIVENESS.items():
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._socket = sock
         self._reader = FrameReader()
         self.peer = peer

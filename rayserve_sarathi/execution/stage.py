@@ -125,7 +125,9 @@ class Stage:
                     has_peers_waiting = False
                     output = runner.sample(step, logits)
             except Exception as exception:  # the outermost frame of a stage: whatever it is, it fails this step alone
-                fault = self._make_fault(step, exception, is_stage_broken=has_peers_waiting)
+                # After an error of the device, such as an illegal access, CUDA fails whatever this process calls.
+                is_device_lost = isinstance(exception, torch.AcceleratorError)
+                fault = self._make_fault(step, exception, is_stage_broken=has_peers_waiting or is_device_lost)
         if fault is not None and fault.is_stage_broken and self._tp.tp_size > 1:
             self._tp.close()
             if self._on_leave is not None:

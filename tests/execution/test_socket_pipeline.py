@@ -23,7 +23,7 @@ from rayserve_sarathi.execution.socket_pipeline import SocketEndpoint, open_endp
 from rayserve_sarathi.execution.socket_stage import SocketStage
 from rayserve_sarathi.execution.sockets import Connection, Listener, connect
 from rayserve_sarathi.execution.stage import StageMessage
-from rayserve_sarathi.execution.wire import Frame, Message, RelayedStep, encode
+from rayserve_sarathi.execution.wire import MAX_HEADER_BYTES, Frame, Message, RelayedStep, encode
 from rayserve_sarathi.request import RequestOutput, SamplingParams
 from rayserve_sarathi.step import StageTiming, StepFault, StepInput, StepOutput
 from tests.execution.wired import HOST, TIMEOUT_S, make_stages, make_steps, wired
@@ -109,6 +109,16 @@ async def test_a_step_that_a_stage_cannot_compute_fails_alone(checkpoint: Path):
     assert outputs[2].token_ids.shape == (1,)
 
 
+async def test_an_output_too_large_to_send_fails_its_step_alone():
+    async with wired([Relay(), VerboseRelay()]) as pipeline:
+        outputs = await pipeline.run([make_step(0), make_step(1)])
+
+    assert outputs[0].fault is not None
+    assert (outputs[0].fault.stage, outputs[0].fault.is_stage_broken) == (1, False)
+    assert "the most are 16777216" in outputs[0].fault.message
+    assert outputs[1].fault is None
+
+
 @pytest.mark.parametrize("closed", [0, 1, 2])
 async def test_a_stage_that_goes_is_noticed_even_without_a_step(closed: int):
     async with wired([Relay(), Relay(), LastRelay()]) as pipeline:
@@ -159,6 +169,14 @@ class LastRelay:
 
     def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
         return output_of(message.step, fault=message.fault)
+
+
+class VerboseRelay(LastRelay):
+    """A last stage that has too much to say of the first step."""
+
+    def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+        output = output_of(message.step)
+        return output if output.step_id else replace(output, errors={0: "x" * MAX_HEADER_BYTES})
 
 
 def output_of(step: StepInput, *, fault: StepFault | None = None) -> StepOutput:

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import Store
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import ConfigError, EngineDeadError
 from rayserve_sarathi.execution.inline import InlinePipeline, make_inline_pipeline
+from rayserve_sarathi.execution.model_runner import ModelRunner
 from rayserve_sarathi.execution.stage import Stage, StageMessage
 from rayserve_sarathi.models.parallel import TensorParallel, join
 from rayserve_sarathi.models.process_group import find_store, open_store
@@ -280,6 +281,21 @@ async def test_a_step_that_cannot_be_sampled_fails_alone_and_the_ranks_go_on(tmp
     assert fault.message == "stage 1, rank 0 failed with IndexError"
     assert len((await run_step(pipeline, make_step(chunk))).token_ids) == 1
     await pipeline.close()
+
+
+def test_after_an_error_of_the_device_the_stage_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    save_checkpoint(tmp_path, "llama")
+    stage = Stage(make_config(tmp_path, tp_size=1), index=0)
+    stage.load()
+    stage.start(32)
+    monkeypatch.setattr(ModelRunner, "forward", fail)
+    failed = stage.execute_first(make_step(Chunk(token_ids=PROMPT, block_ids=[0, 1, 2], sampling=GREEDY)))
+
+    assert failed.fault is not None and failed.fault.is_stage_broken
+    assert failed.fault.message == "stage 0 failed with AcceleratorError"
 
 
 def test_an_error_of_an_earlier_stage_on_one_rank_fails_the_step_on_the_others(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 5.0
 _REST_AFTER_S = 5.0
+_MAX_FAULT_CHARS = 500
 # Of Ray 2.60: the result of a graph that was closed meanwhile is an error that its own code then tries to iterate over.
 _GRAPH_ERRORS = (RayError, TypeError)
 
@@ -61,7 +62,7 @@ class CompiledGraphTransport:
                 self._stages.num_nodes,
             )
         try:
-            self._compile()
+            await self._compile()
         except _GRAPH_ERRORS as error:
             raise _fault(error) from error
 
@@ -71,7 +72,7 @@ class CompiledGraphTransport:
             self._num_inside += 1
             try:
                 if self._graph is None:
-                    self._compile()
+                    await self._compile()
                 self._inside.put_nowait(await self._graph.execute_async(step))
             except _GRAPH_ERRORS as error:
                 raise _fault(error) from error
@@ -108,7 +109,9 @@ class CompiledGraphTransport:
             if not self._num_inside and self._config.device == "cpu":
                 await self.close()
 
-    def _compile(self) -> None:
+    async def _compile(self) -> None:
+        # Compiling holds the event loop until all stages have answered.
+        await self._stages.check_health()
         with InputNode() as step:
             nodes = [rank.execute_first.bind(step) for rank in self._stages.ranks[0]]
             for ranks in self._stages.ranks[1:]:
@@ -125,4 +128,4 @@ class CompiledGraphTransport:
 
 
 def _fault(error: Exception) -> PipelineFaultError:
-    return PipelineFaultError(f"the compiled graph failed ({type(error).__name__})", reason="died")
+    return PipelineFaultError(f"the compiled graph failed ({error!r})"[:_MAX_FAULT_CHARS], reason="died")

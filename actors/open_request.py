@@ -46,6 +46,8 @@ class OpenRequest:
         self.num_losses = 0
         """Pipelines lost since its last token."""
         self.is_closed = False
+        self.is_stopped = False
+        """Closed as its text is complete."""
         self.is_finished = False
 
     @property

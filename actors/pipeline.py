@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
+from typing import NoReturn
 
 from rayserve_sarathi.actors.stage_group import StageGroup
 from rayserve_sarathi.actors.transport import Transport
@@ -33,6 +34,8 @@ class ActorPipeline:
         self._step_timeout_s = step_timeout_s
         self._epoch = 0
         self._num_inside = 0
+        self._oldest_since_s = 0.0
+        """Since when the oldest step inside is the oldest."""
 
     async def open(self) -> None:
         """Join the stages; before the first step."""
@@ -40,33 +43,27 @@ class ActorPipeline:
 
     async def submit(self, step: StepInput) -> None:
         """Send the step to the first stage."""
+        if not self._num_inside:
+            self._oldest_since_s = time.monotonic()
         self._num_inside += 1
         try:
             await self._transport.submit(step)
         except PipelineFaultError as fault:
-            raise await self._explain(fault) from fault
+            await self._explain(fault)
 
     async def receive(self) -> StepOutput:
         """Wait for the oldest step inside, watching the stages meanwhile."""
         waiting = asyncio.ensure_future(self._transport.receive())
         try:
-            begin_s = time.monotonic()
-            while not (await asyncio.wait((waiting,), timeout=self._heartbeat_s))[0]:
-                # No transport always notices that an actor has died, and none that one is stopped.
-                if silent := await self._stages.find_silent():
-                    raise _fault_of(silent)
-                if not self._num_inside:
-                    begin_s = time.monotonic()
-                elif time.monotonic() - begin_s > self._step_timeout_s:
-                    everyone = range(len(self._stages.ranks))
-                    message = f"a step took longer than step_timeout_s={self._step_timeout_s:.0f}; all stages answer"
-                    raise PipelineFaultError(message, reason="hung", stages=everyone)
+            if not (await asyncio.wait((waiting,), timeout=self._heartbeat_s))[0]:
+                await self._watch(waiting)
             output = waiting.result()
         except PipelineFaultError as fault:
-            raise await self._explain(fault) from fault
+            await self._explain(fault)
         finally:
             waiting.cancel()
         self._num_inside -= 1
+        self._oldest_since_s = time.monotonic()
         return output
 
     async def rebuild(self, broken: Collection[int]) -> None:
@@ -89,8 +86,7 @@ class ActorPipeline:
 
     async def check_health(self) -> None:
         """Ask every stage for a sign of life."""
-        if silent := await self._stages.find_silent():
-            raise _fault_of(silent)
+        await self._stages.check_health()
 
     async def pids(self) -> list[int]:
         """Return the processes of all ranks, stage by stage."""
@@ -105,13 +101,30 @@ class ActorPipeline:
     def _heartbeat_s(self) -> float:
         return _HEARTBEAT_S if self._num_inside else _IDLE_HEARTBEAT_S
 
-    async def _explain(self, fault: PipelineFaultError) -> PipelineFaultError:
-        """Return a fault that names the stages behind it, where one says only that messages do not get through."""
-        if fault.stages or not (silent := await self._stages.find_silent()):
-            return fault
-        return _fault_of(silent)
+    async def _explain(self, fault: PipelineFaultError) -> NoReturn:
+        """Raise a fault that names the stages behind it, where one says only that messages do not get through."""
+        if not fault.stages:
+            try:
+                await self._stages.check_health()
+            except PipelineFaultError as named:
+                raise named from fault
+        raise fault
 
+    async def _watch(self, waiting: "asyncio.Future[StepOutput]") -> None:
+        """Watch the stages until a step has come.
 
-def _fault_of(silent: dict[int, str]) -> PipelineFaultError:
-    is_hung = all("does not answer" in what for what in silent.values())
-    return PipelineFaultError("; ".join(silent.values()), reason="hung" if is_hung else "died", stages=silent)
+        No transport always notices that an actor has died, and none that one is stopped.
+        """
+        while not waiting.done():
+            asking = asyncio.ensure_future(self._stages.check_health())
+            try:
+                await asyncio.wait((waiting, asking), return_when=asyncio.FIRST_COMPLETED)
+                if waiting.done():
+                    return
+                asking.result()
+            finally:
+                asking.cancel()
+            if self._num_inside and time.monotonic() - self._oldest_since_s > self._step_timeout_s:
+                message = f"a step took longer than step_timeout_s={self._step_timeout_s:g}; all stages answer"
+                raise PipelineFaultError(message, reason="hung", stages=range(len(self._stages.ranks)))
+            await asyncio.wait((waiting,), timeout=self._heartbeat_s)

@@ -72,9 +72,8 @@ class RemoteEngine:
         """By attempt id, which is what a scheduler knows a request by."""
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._outbound: list[OpenRequest] = []
-        self._cancels: dict[str, list[str]] = {}
-        self._stopped: set[str] = set()
-        """Those among `_cancels` whose text is complete."""
+        self._cancels: dict[str, dict[str, bool]] = {}
+        """By pipeline and attempt id: whether the text is complete."""
         self._has_work = asyncio.Event()
         self._num_pipelines = 1
         """As many as answered last."""
@@ -125,7 +124,7 @@ class RemoteEngine:
         """See `EngineClient`."""
         request = self._requests.get(request_id)
         if request is not None and self._close(request):
-            self._stopped.add(request.attempt_id)
+            request.is_stopped = True
             self._cancel(request)
 
     async def check_ready(self) -> None:
@@ -170,7 +169,7 @@ class RemoteEngine:
     def _cancel(self, request: OpenRequest) -> None:
         # A request that no pipeline has taken yet is cancelled when one has, by `_submit`.
         if request.pipeline is not None:
-            self._cancels.setdefault(request.pipeline, []).append(request.attempt_id)
+            self._cancels.setdefault(request.pipeline, {})[request.attempt_id] = request.is_stopped
             self._has_work.set()
 
     async def _send(self) -> None:
@@ -181,7 +180,7 @@ class RemoteEngine:
             cancels, self._cancels = self._cancels, {}
             # Each call in a task of its own, so that one without an answer holds up no other.
             calls = [self._submit(requests) for requests in self._divide(outbound)]
-            calls += [self._call_cancel(pipeline, attempt_ids) for pipeline, attempt_ids in cancels.items()]
+            calls += [self._call_cancel(pipeline, attempts) for pipeline, attempts in cancels.items()]
             for call in calls:
                 task = asyncio.create_task(call)
                 self._calls.add(task)
@@ -195,6 +194,8 @@ class RemoteEngine:
 
     async def _submit(self, outbound: list[OpenRequest]) -> None:
         sent = {request.attempt_id: request for request in outbound if request.attempt_id in self._open}
+        if not sent:
+            return
         try:
             call = self._scheduler.submit.remote(self._ingress, [request.submission() for request in sent.values()])
             reply: SubmitReply = await asyncio.wait_for(call, _SUBMIT_TIMEOUT_S)
@@ -208,7 +209,7 @@ class RemoteEngine:
             if refusal is None and attempt_id in self._open:
                 request.settle(reply.pipeline)
             elif refusal is None:
-                self._cancels.setdefault(reply.pipeline, []).append(attempt_id)
+                self._cancels.setdefault(reply.pipeline, {})[attempt_id] = request.is_stopped
                 self._has_work.set()
             elif isinstance(refusal, EngineDeadError) or (isinstance(refusal, OverloadedError) and request.was_lost):
                 self._retry(attempt_id, str(refusal))
@@ -274,9 +275,9 @@ class RemoteEngine:
         else:
             loop.call_later(_RETRY_S, self._dispatch, request)
 
-    async def _call_cancel(self, pipeline: str, attempt_ids: list[str]) -> None:
-        stopped_ids = self._stopped.intersection(attempt_ids)
-        self._stopped -= stopped_ids
+    async def _call_cancel(self, pipeline: str, attempts: dict[str, bool]) -> None:
+        attempt_ids = list(attempts)
+        stopped_ids = {attempt_id for attempt_id, is_stopped in attempts.items() if is_stopped}
         try:
             call = self._scheduler.cancel.remote(attempt_ids, pipeline=pipeline, stopped_ids=stopped_ids)
             await asyncio.wait_for(call, _CONTROL_TIMEOUT_S)

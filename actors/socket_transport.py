@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from rayserve_sarathi.actors.stage_group import StageGroup
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.errors import PipelineFaultError
+from rayserve_sarathi.errors import PipelineFaultError, SarathiError
 from rayserve_sarathi.execution.handshake import make_secret
 from rayserve_sarathi.execution.socket_pipeline import SocketEndpoint, open_endpoint
 from rayserve_sarathi.execution.sockets import Address, Listener
@@ -57,9 +57,13 @@ class SocketTransport:
                     rank.run_sockets.remote()
         except (RayError, TimeoutError) as error:
             listener.close()
-            raise PipelineFaultError(
-                f"the stages could not be joined ({type(error).__name__})", reason="died"
-            ) from error
+            # Of an error that a stage raised Ray has the cause.
+            cause = getattr(error, "cause", None)
+            reason = str(cause) if isinstance(cause, SarathiError) else type(error).__name__
+            raise PipelineFaultError(f"the stages could not be joined ({reason})", reason="died") from error
+        except asyncio.CancelledError:
+            listener.close()
+            raise
         self._endpoint = await open_endpoint(
             listener, addresses[0], secret=secret, epoch=epoch, timeout_s=_JOIN_TIMEOUT_S
         )

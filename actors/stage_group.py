@@ -84,6 +84,16 @@ class StageGroup:
                 silent.setdefault(stage, f"{who} {answer}")
         return silent
 
+    async def check_health(self) -> None:
+        """Ask every rank for a sign of life.
+
+        Raises:
+            PipelineFaultError: Stages give none; it names them.
+        """
+        if silent := await self.find_silent():
+            is_hung = all("does not answer" in what for what in silent.values())
+            raise PipelineFaultError("; ".join(silent.values()), reason="hung" if is_hung else "died", stages=silent)
+
     @property
     def num_nodes(self) -> int:
         """On how many nodes the pipeline is, its scheduler included."""

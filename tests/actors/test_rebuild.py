@@ -36,6 +36,9 @@ class Stages:
     async def find_silent(self) -> dict[int, str]:
         return {}
 
+    async def check_health(self) -> None:
+        pass
+
     async def replace(self, stages: Collection[int]) -> None:
         for stage in stages:
             self.ranks[stage] = await asyncio.to_thread(self._load, stage)

@@ -6,6 +6,7 @@ from typing import cast
 import numpy as np
 import pytest
 
+from rayserve_sarathi.actors import pipeline as pipeline_module
 from rayserve_sarathi.actors.pipeline import ActorPipeline
 from rayserve_sarathi.actors.stage_group import StageGroup
 from rayserve_sarathi.errors import PipelineFaultError
@@ -13,6 +14,12 @@ from rayserve_sarathi.step import StepInput, StepOutput
 from tests.stages import Chunk, make_step
 
 TIMEOUT_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "_HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(pipeline_module, "_IDLE_HEARTBEAT_S", 0.05)
 
 
 class Stages:

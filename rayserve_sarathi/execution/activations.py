@@ -175,7 +175,7 @@ def open_group(
     return path
 
 
-def _fault(error: RuntimeError) -> PipelineFaultError:
+def _fault(error: Exception) -> PipelineFaultError:
     reason = str(error).partition("\n")[0]
     return PipelineFaultError(f"the link between two stages is broken: {reason}", reason="died")
 

@@ -36,4 +36,5 @@ test: install
 bench: install
 	.venv/bin/python benchmarks/scheduler.py
 	.venv/bin/python benchmarks/step_log.py
+	.venv/bin/python benchmarks/transport.py
 	.venv/bin/python benchmarks/bubbles.py

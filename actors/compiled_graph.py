@@ -47,7 +47,7 @@ class CompiledGraphTransport:
         self._max_steps_inside = max_steps_inside
         self._max_message_bytes = max_message_bytes
         self._graph: Any = None
-        self._inside: asyncio.Queue[Any] = asyncio.Queue()
+        self._inside: asyncio.Queue[tuple[StepInput, Any]] = asyncio.Queue()
         self._num_inside = 0
         self._lock = asyncio.Lock()
 
@@ -73,7 +73,7 @@ class CompiledGraphTransport:
             try:
                 if self._graph is None:
                     await self._compile()
-                self._inside.put_nowait(await self._graph.execute_async(step))
+                self._inside.put_nowait((step, await self._graph.execute_async(step)))
             except _GRAPH_ERRORS as error:
                 raise _fault(error) from error
 
@@ -81,7 +81,7 @@ class CompiledGraphTransport:
         """Wait for the oldest step inside."""
         while True:
             try:
-                results = await asyncio.wait_for(self._inside.get(), _REST_AFTER_S)
+                step, results = await asyncio.wait_for(self._inside.get(), _REST_AFTER_S)
                 break
             except TimeoutError:
                 await self._rest()
@@ -92,6 +92,9 @@ class CompiledGraphTransport:
         self._num_inside -= 1
         output = pickle.loads(pickled)  # from our own stage
         assert isinstance(output, StepOutput), output
+        if (output.epoch, output.step_id) != (step.epoch, step.step_id):
+            message = f"step {output.step_id} of epoch {output.epoch} came out, where step {step.step_id} was due"
+            raise PipelineFaultError(message, reason="lost_message")
         return output
 
     async def close(self) -> None:

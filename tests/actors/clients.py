@@ -28,7 +28,7 @@ async def stream(client: openai.AsyncOpenAI, prompt: list[int]) -> str:
 async def streams_through(
     client: openai.AsyncOpenAI, fault: Callable[[], None], *, after_chunks: int = 200
 ) -> list[str]:
-    """Open all streams, cause a fault once 200 chunks have come, and return what each stream said in the end."""
+    """Open all streams, cause a fault once some chunks have come, and return what each stream said in the end."""
     num_chunks = 0
     is_time = asyncio.Event()
 
@@ -41,7 +41,7 @@ async def streams_through(
         async for chunk in chunks:
             text += chunk.choices[0].text
             num_chunks += 1
-            if num_chunks == 200:
+            if num_chunks == after_chunks:
                 is_time.set()
         return text
 

@@ -44,7 +44,7 @@ FAMILIES = [
     "falcon-sequential",
     "mixtral",
 ]
-GRID = [(2, 1), (1, 2), (2, 2), (4, 1)]
+GRID = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ def in_threads(tp_size: int) -> list[TensorParallel]:
 @pytest.fixture(scope="module", params=FAMILIES)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generated]:
     folder = tmp_path_factory.mktemp(request.param)
-    save_checkpoint(folder, request.param)
+    save_checkpoint(folder, request.param, num_hidden_layers=4)
     return folder, generate(folder, tp_size=1, num_stages=1)
 
 
@@ -147,7 +147,7 @@ def test_ranks_and_stages_give_what_one_process_gives(
 
 @pytest.mark.parametrize("family", ["llama-biases", "falcon-40b", "mixtral"])
 def test_dummy_weights_do_not_depend_on_ranks_and_stages(family: str, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, family)
+    save_checkpoint(tmp_path, family, num_hidden_layers=4)
     runs = [
         generate(tmp_path, tp_size=tp_size, num_stages=num_stages, load_format="dummy", seed=3)
         for tp_size, num_stages in [(1, 1), *GRID]

@@ -1,6 +1,7 @@
 """A Ray cluster of a test's own: its temporary folder, ports and token are no other's, and it ends with the test."""
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -35,6 +36,8 @@ def ray_environment() -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         "RAY_TMPDIR": folder,
+        # Else a line that two processes write alike is shown once.
+        "RAY_DEDUP_LOGS": "0",
         # As `make serve` does, with files and ports that are no other cluster's.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).resolve().parents[2] / "scripts" / "haproxy"),
@@ -116,6 +119,13 @@ class Server:
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue  # it has ended, or is another user's
         return sorted(found)
+
+    def stage_pid(self, stage: int, *, tp_rank: int = 0) -> int:
+        """Return the process of a rank of a stage, which the log tells."""
+        alive = set(self.pids("ray::StageActor"))
+        told = re.findall(rf"\(StageActor pid=(\d+)[^)]*\).*: stage {stage}, rank {tp_rank} of", self.log)
+        (pid,) = {int(pid) for pid in told} & alive
+        return pid
 
     def raylets(self, title: str) -> set[int]:
         """Return the raylets, one a node, that have started the processes with such titles."""

@@ -1,7 +1,9 @@
-"""Two stages of two ranks each, spread over the nodes of a cluster; a node is lost under load."""
+"""Two stages of two ranks each, spread over the nodes of a cluster; ranks, the scheduler and a node die under load."""
 
 import asyncio
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from tests.actors.cluster import serve_on_nodes
 
 pytestmark = pytest.mark.ray
 
+SCHEDULER = "ray::ServeReplica:test:SchedulerActor"
+
 ARGS = {
     "served_model_name": "tiny",
     "tensor_parallel_size": 2,
@@ -22,28 +26,40 @@ ARGS = {
     "block_size": 8,
     "num_gpu_blocks_override": 256,
     "heartbeat_timeout_s": 5.0,
+    "max_rebuilds": 20,
     "scheduler": {"token_budget": 64, "max_num_waiting": 400},
 }
 
 
-async def test_a_lost_node_costs_a_pause_and_no_stream(
+async def test_ranks_schedulers_and_nodes_that_die_cost_a_pause_and_no_stream(
     checkpoint: Path, greedy_texts: list[str], long_texts: list[str], tmp_path: Path
 ):
     with serve_on_nodes(tmp_path, {"model": str(checkpoint), **ARGS}) as (server, remove):
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            answers = await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS[:8]))
-            # Two of three nodes have a stage; the third is where a lost one moves to.
-            without_scheduler = server.raylets("ray::StageActor") - server.raylets(
-                "ray::ServeReplica:test:SchedulerActor"
-            )
-            texts = await streams_through(client, lambda: remove(min(without_scheduler)))
-            more = await streams_through(client, lambda: None)
-        log = server.log
 
-    assert answers == greedy_texts[:8]
-    assert texts == long_texts
-    assert more == long_texts
-    pauses = re.findall(r"the pipeline is back after ([0-9.]+) s", log)
-    assert pauses
-    for pause in pauses:
-        sys.stderr.write(f"node lost: back after {pause} s\n")
+        def kill_rank(stage: int) -> None:
+            os.kill(server.stage_pid(stage, tp_rank=1), signal.SIGKILL)
+
+        def kill_scheduler() -> None:
+            os.kill(server.pids(SCHEDULER)[0], signal.SIGKILL)
+
+        def remove_node() -> None:
+            # Two of three nodes have a stage; the third is where a lost one moves to.
+            without_scheduler = server.raylets("ray::StageActor") - server.raylets(SCHEDULER)
+            remove(min(without_scheduler))
+
+        faults = {
+            "a rank of stage 0": lambda: kill_rank(0),
+            "a rank of stage 1": lambda: kill_rank(1),
+            "the scheduler": kill_scheduler,
+            "a node with a stage": remove_node,
+        }
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            assert await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS[:8])) == greedy_texts[:8]
+            for what, fault in faults.items():
+                before = server.log
+                assert await streams_through(client, fault) == long_texts, what
+                lines = server.log[len(before) :]
+                recoveries = re.findall(r"(?:the pipeline is back|actors.scheduler: ready) after [0-9.]+ s", lines)
+                assert recoveries, what
+                sys.stderr.write(f"{what} lost: {'; '.join(recoveries)}\n")
+            assert await streams_through(client, lambda: None) == long_texts

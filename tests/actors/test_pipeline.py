@@ -1,4 +1,4 @@
-"""Stage actors behind a compiled graph: overlap, order, faults of one step, death."""
+"""Pipelines by every transport: overlap, order, faults of one step, death."""
 
 import asyncio
 import itertools
@@ -19,6 +19,7 @@ from rayserve_sarathi.actors.stage_group import StageGroup
 from rayserve_sarathi.actors.transport import TRANSPORTS, Transport
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import ConfigError, PipelineFaultError
+from rayserve_sarathi.execution.inline import make_inline_pipeline
 from rayserve_sarathi.placement import stage_bundle
 from rayserve_sarathi.registry import load
 from rayserve_sarathi.request import Request, SamplingParams
@@ -53,6 +54,11 @@ def make_config(checkpoint: Path, **settings: object) -> EngineConfig:
 
 @asynccontextmanager
 async def started(config: EngineConfig, transport: str = "compiled_graph") -> AsyncIterator[ActorPipeline]:
+    if transport == "inline":
+        inline, _ = make_inline_pipeline(config)
+        yield inline  # type: ignore[misc]  # of what the tests use it has all but `pids`
+        await inline.close()
+        return
     group = placement_group([stage_bundle(config)] * config.pipeline_parallel_size)
     try:
         stages = StageGroup(config, placement_group=group, first_bundle=0)
@@ -85,9 +91,37 @@ async def run(pipeline: ActorPipeline, steps: list[StepInput]) -> list[StepOutpu
         return [await pipeline.receive() for _ in steps]
 
 
+@pytest.mark.parametrize("transport", ["inline", *sorted(TRANSPORTS)])
+async def test_a_step_that_a_stage_cannot_compute_fails_alone(wide_checkpoint: Path, transport: str):
+    bad, good = make_steps(1)[0], make_steps(1, first=1)[0]
+    bad = replace(bad, token_ids=bad.token_ids + 1_000_000)  # outside of the embedding
+    async with started(make_config(wide_checkpoint), transport) as pipeline:
+        outputs = await run(pipeline, [bad, good])
+
+    assert [output.step_id for output in outputs] == [0, 1]
+    assert outputs[0].fault is not None
+    assert "stage 0 failed" in outputs[0].fault.message
+    assert len(outputs[0].timings) == 2
+    assert outputs[1].fault is None
+    assert outputs[1].token_ids.shape == (1,)
+
+
+async def test_all_transports_give_the_same_tokens(wide_checkpoint: Path):
+    token_ids = {}
+    for transport in ("inline", *TRANSPORTS):
+        for tp_size in (1, 2):
+            config = make_config(wide_checkpoint, tensor_parallel_size=tp_size)
+            async with started(config, transport) as pipeline:
+                outputs = await run(pipeline, make_steps(3))
+            assert [output.step_id for output in outputs] == [0, 1, 2]
+            token_ids[transport, tp_size] = outputs[-1].token_ids.tolist()
+
+    assert len(set(map(tuple, token_ids.values()))) == 1, token_ids
+
+
 @pytest.mark.parametrize("transport", sorted(TRANSPORTS))
 class TestTransports:
-    """What a pipeline of stage actors does, whatever way its messages take."""
+    """What a pipeline of stage actors does, whatever way its messages take, and one in a single process cannot."""
 
     async def test_stages_work_on_different_steps_at_the_same_time(self, wide_checkpoint: Path, transport: str):
         async with started(make_config(wide_checkpoint), transport) as pipeline:
@@ -102,18 +136,6 @@ class TestTransports:
             first, second = output.timings
             assert (first.stage, second.stage) == (0, 1)
             assert first.receive_s <= first.start_s < first.end_s <= second.receive_s <= second.start_s < second.end_s
-
-    async def test_a_step_that_a_stage_cannot_compute_fails_alone(self, wide_checkpoint: Path, transport: str):
-        bad, good = make_steps(1)[0], make_steps(1, first=1)[0]
-        bad = replace(bad, token_ids=bad.token_ids + 1_000_000)  # outside of the embedding
-        async with started(make_config(wide_checkpoint), transport) as pipeline:
-            outputs = await run(pipeline, [bad, good])
-
-        assert outputs[0].fault is not None
-        assert "stage 0 failed" in outputs[0].fault.message
-        assert len(outputs[0].timings) == 2
-        assert outputs[1].fault is None
-        assert outputs[1].token_ids.shape == (1,)
 
     @pytest.mark.parametrize(("what", "reason"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung")])
     async def test_a_lost_stage_is_named_and_replaced(

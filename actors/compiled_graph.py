@@ -8,7 +8,7 @@ from typing import Any
 from ray.dag import InputNode, MultiOutputNode
 from ray.exceptions import RayError
 
-from rayserve_sarathi.actors.stage_group import StageGroup
+from rayserve_sarathi.actors.stage_group import StageGroup, reason_of
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import PipelineFaultError
 from rayserve_sarathi.step import StepInput, StepOutput
@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 5.0
 _REST_AFTER_S = 5.0
-_MAX_FAULT_CHARS = 500
 # Of Ray 2.60: the result of a graph that was closed meanwhile is an error that its own code then tries to iterate over.
 _GRAPH_ERRORS = (RayError, TypeError)
 
@@ -131,4 +130,4 @@ class CompiledGraphTransport:
 
 
 def _fault(error: Exception) -> PipelineFaultError:
-    return PipelineFaultError(f"the compiled graph failed ({error!r})"[:_MAX_FAULT_CHARS], reason="died")
+    return PipelineFaultError(f"the compiled graph failed ({reason_of(error)})", reason="died")

@@ -71,7 +71,7 @@ class Outboxes:
             try:
                 await asyncio.wait_for(box.filled.wait(), _LINGER_S)
             except TimeoutError:
-                if not box.open_ids:
+                if not box.open_ids and not box.outputs:
                     return
             if reader != box.num_readers:
                 return  # the ingress reads anew; what comes now is for that stream

@@ -10,9 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from rayserve_sarathi.actors.stage_group import StageGroup
+from rayserve_sarathi.actors.stage_group import StageGroup, reason_of
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.errors import PipelineFaultError, SarathiError
+from rayserve_sarathi.errors import PipelineFaultError
 from rayserve_sarathi.execution.handshake import make_secret
 from rayserve_sarathi.execution.socket_pipeline import SocketEndpoint, open_endpoint
 from rayserve_sarathi.execution.sockets import Address, Listener
@@ -57,10 +57,8 @@ class SocketTransport:
                     rank.run_sockets.remote()
         except (RayError, TimeoutError) as error:
             listener.close()
-            # Of an error that a stage raised Ray has the cause.
-            cause = getattr(error, "cause", None)
-            reason = str(cause) if isinstance(cause, SarathiError) else type(error).__name__
-            raise PipelineFaultError(f"the stages could not be joined ({reason})", reason="died") from error
+            message = f"the stages could not be joined ({reason_of(error)})"
+            raise PipelineFaultError(message, reason="died") from error
         except asyncio.CancelledError:
             listener.close()
             raise

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayserve_sarathi.actors.stage import StageActor
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.errors import ConfigError, EngineDeadError, PipelineFaultError
+from rayserve_sarathi.errors import ConfigError, EngineDeadError, PipelineFaultError, SarathiError
 from rayserve_sarathi.placement import stage_bundle
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 def num_rank_threads(num_ranks: int) -> int:
     """Return how many threads each of `num_ranks` on one machine gets, so that together they use it once."""
     return max(len(os.sched_getaffinity(0)) // num_ranks, 1)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what clients may read of an error that came through Ray, which holds a traceback of another process."""
+    cause = getattr(error, "cause", None) or error
+    return str(cause) if isinstance(cause, SarathiError) else type(cause).__name__
 
 
 class StageGroup:
@@ -69,6 +75,8 @@ class StageGroup:
             await self._load(stages)
             await self._allocate(stages)
         except (EngineDeadError, ConfigError) as error:  # the latter of memory that is not free yet, say
+            for stage in stages:
+                self._end(stage)  # until the next attempt, what they hold can go
             raise PipelineFaultError(str(error), reason="died", stages=stages) from error
 
     async def find_silent(self) -> dict[int, str]:
@@ -168,7 +176,7 @@ class StageGroup:
         except RayError as error:
             if isinstance(cause := getattr(error, "cause", None), ConfigError):
                 raise cause from None
-            raise EngineDeadError(f"a stage did not come up: {error}") from error
+            raise EngineDeadError(f"a stage did not come up ({reason_of(error)})") from error
 
     async def _ping(self, handle: Any) -> str:
         """Return what is wrong with a rank, or nothing."""

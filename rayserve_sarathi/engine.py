@@ -27,7 +27,7 @@ Deliver = Callable[[list[RequestOutput]], None]
 _MAX_FAILED_STEPS = 8
 """A single bad step fails its own requests; so many in a row mean that the pipeline is broken."""
 _MIN_REBUILD_PAUSE_S = 0.5
-_MAX_REBUILD_PAUSE_S = 30.0
+"""Between an attempt that failed and the next; it doubles each time."""
 
 
 class RebuildLimit:
@@ -308,10 +308,12 @@ class Engine:
             try:
                 await self._pipeline.rebuild(broken)
                 break
+            except EngineDeadError as error:
+                raise EngineDeadError(f"the pipeline is given up: {fault}; {error}") from error
             except PipelineFaultError as another:
                 fault = another
                 broken |= another.stages
-                pause_s = min(max(2 * pause_s, _MIN_REBUILD_PAUSE_S), _MAX_REBUILD_PAUSE_S)
+                pause_s = max(2 * pause_s, _MIN_REBUILD_PAUSE_S)
         self._is_rebuilding = False
         num_requests = len(list(self._scheduler.request_ids()))
         logger.info("the pipeline is back after %.1f s; %d requests go on", self._clock() - begin_s, num_requests)

@@ -111,8 +111,8 @@ class ByProcessGroup:
         """Receive into new memory of the device."""
         if data is not None:
             raise WireError("hidden states came in a message, but are to come by a process group")
-        hidden = torch.empty(shape, dtype=dtype, device=self._device)
         try:
+            hidden = torch.empty(shape, dtype=dtype, device=self._device)
             work = self._open_group().recv([hidden], self._peer, 0)
         except RuntimeError as error:
             raise _fault(error) from error

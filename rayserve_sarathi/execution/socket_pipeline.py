@@ -35,11 +35,6 @@ class SocketEndpoint:
         self._fault: tuple[str, str] | None = None
         self._changed = asyncio.Event()
 
-    @property
-    def num_inside(self) -> int:
-        """Steps that were submitted and have not come out."""
-        return len(self._due)
-
     async def submit(self, step: StepInput) -> None:
         """Send a step to all ranks of the first stage.
 

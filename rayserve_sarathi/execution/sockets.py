@@ -33,9 +33,9 @@ _MAX_STRANGERS = 64
 """Peers in a handshake at a time; the oldest gives way to the newest."""
 _MAX_PIECES = 512
 """Of a single `sendmsg`; Linux takes 1024."""
-_LIVENESS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
-"""A network that carries nothing any more ends a connection after 25 s (idle) or 30 s (with data on the way); Linux
-would take two hours and a quarter of one. Seconds, a number, milliseconds; other systems lack some of them."""
+_LIVENESS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 30_000}
+"""A network that carries nothing any more ends a connection after about 30 s; Linux would take two hours where nothing
+is sent, and a quarter of one otherwise. Seconds, seconds, milliseconds; other systems lack some of them."""
 
 
 class Connection:
@@ -213,11 +213,12 @@ class Listener:
             if not stranger.receive():
                 return None
             stranger.socket.send(stranger.handshake.confirm(bytes(stranger.answer)))
+            connection = Connection(stranger.socket, peer=stranger.name)
         except (OSError, WireError) as error:
             self._drop(poll, descriptor, str(error))
             return None
         del self._strangers[descriptor]
-        return Connection(stranger.socket, peer=stranger.name)
+        return connection
 
     def _drop(self, poll: "select.poll", descriptor: int, reason: str) -> None:
         stranger = self._strangers.pop(descriptor)
@@ -265,6 +266,7 @@ def connect(address: Address, *, secret: bytes, timeout_s: float) -> Connection:
             handshake = ConnectorHandshake(secret)
             sock.sendall(handshake.answer(_receive_exactly(sock, GREETING_BYTES, deadline_s)))
             handshake.check(_receive_exactly(sock, CONFIRMATION_BYTES, deadline_s))
+            return Connection(sock, peer=_name(address))
         except BaseException:
             sock.close()
             raise
@@ -274,7 +276,6 @@ def connect(address: Address, *, secret: bytes, timeout_s: float) -> Connection:
         ) from None
     except (OSError, WireError) as error:
         raise PipelineFaultError(f"{_name(address)} was not reached: {error}", reason="died") from error
-    return Connection(sock, peer=_name(address))
 
 
 def _receive_exactly(sock: socket.socket, num_bytes: int, deadline_s: float) -> bytes:

@@ -476,8 +476,6 @@ class Scheduler(ABC):
                 self.metrics.request_decode_time_s.observe(now_s - request.first_token_s)
 
     def _find_fault(self, step_output: StepOutput, num_samples: int) -> str | None:
-        if step_output.fault is not None:
-            return step_output.fault.message
         token_ids = step_output.token_ids
         if token_ids.shape != (num_samples,):
             return f"the last stage returned tokens of shape {token_ids.shape} for {num_samples} requests"

@@ -308,12 +308,12 @@ class Engine:
             try:
                 await self._pipeline.rebuild(broken)
                 break
-            except EngineDeadError as error:
-                raise EngineDeadError(f"the pipeline is given up: {fault}; {error}") from error
             except PipelineFaultError as another:
                 fault = another
                 broken |= another.stages
                 pause_s = max(2 * pause_s, _MIN_REBUILD_PAUSE_S)
+            except EngineDeadError as error:
+                raise EngineDeadError(f"the pipeline is given up: {fault}; {error}") from error
         self._is_rebuilding = False
         num_requests = len(list(self._scheduler.request_ids()))
         logger.info("the pipeline is back after %.1f s; %d requests go on", self._clock() - begin_s, num_requests)

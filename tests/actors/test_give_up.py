@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -56,4 +57,5 @@ async def test_a_pipeline_that_is_given_up_says_so_and_is_replaced(
                 message="no other pipeline came",
             )
             assert await complete(client, PROMPTS[1]) == greedy_texts[1]
+        assert re.search(r"Health check for Replica.* failed", server.log)
         assert "this replica ends: the pipeline is given up" in server.log

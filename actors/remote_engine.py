@@ -19,6 +19,7 @@ from rayserve_sarathi.kv.prefix_marks import PrefixMarks, marks_of_prompt
 from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
 from rayserve_sarathi.routing import group_by_prefix
+from rayserve_sarathi.scheduling.late_tokens import LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,11 @@ class RemoteEngine:
     async def trace(self) -> list[PipelineTrace]:
         """See `EngineClient`."""
         return [answer for answer in await self._ask_all("trace") if isinstance(answer, PipelineTrace)]
+
+    async def why(self, request_id: str) -> list[LateReport]:
+        """See `EngineClient`."""
+        answers = await self._ask_all("why", request_id)
+        return [report for answer in answers if isinstance(answer, list) for report in answer]
 
     def _dispatch(self, request: OpenRequest) -> None:
         """Submit a request, for the first time or again."""

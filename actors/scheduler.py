@@ -18,12 +18,14 @@ from rayserve_sarathi.actors.pipeline import ActorPipeline
 from rayserve_sarathi.actors.stage_group import StageGroup, num_rank_threads
 from rayserve_sarathi.actors.transport import TRANSPORTS, Transport
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.engine import Engine, RebuildLimit, make_scheduler, max_steps_in_flight
+from rayserve_sarathi.engine import Engine, RebuildLimit, make_scheduler
 from rayserve_sarathi.errors import EngineDeadError, SarathiError
 from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.metrics import Snapshot
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
 from rayserve_sarathi.registry import import_object, load
+from rayserve_sarathi.scheduling.build import max_steps_in_flight
+from rayserve_sarathi.scheduling.late_tokens import LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
 logger = logging.getLogger(__name__)
@@ -63,13 +65,13 @@ class SchedulerActor:
             rebuild_limit=RebuildLimit(config.max_rebuilds, config.rebuild_window_s),
         )
         with _phase("warm-up: first tokens through all stages"):
-            await self._engine.warm_up(config.scheduler.token_budget)
+            await self._engine.warm_up(config.scheduler.max_token_budget)
         gc.collect()
         gc.freeze()  # what lives now lives for good; a collection that visits it would stall every stream
         self._running = asyncio.create_task(self._run())
         self._reclaiming = asyncio.create_task(self._reclaim())
         logger.info(
-            "ready after %.1f s: %s, %d KV blocks of %d tokens, budget %d tokens a step, transport %s",
+            "ready after %.1f s: %s, %d KV blocks of %d tokens, budget %s tokens a step, transport %s",
             time.monotonic() - begin_s,
             config.model_name,
             num_blocks,
@@ -168,6 +170,10 @@ class SchedulerActor:
         """Return this pipeline's last steps."""
         return self._engine.trace(pipeline=self._pipeline_id)
 
+    async def why(self, request_id: str) -> list[LateReport]:
+        """Return which tokens of a request were late here, and why."""
+        return self._engine.why(request_id)
+
     async def _run(self) -> None:
         """Run the engine; when it gives up, end this process, so that nobody takes it for one that still works."""
         try:
@@ -198,12 +204,11 @@ async def _start_pipeline(config: EngineConfig, info: ModelInfo) -> tuple[Pipeli
     assert placement_group is not None, "the deployment reserves a placement group"
     stages = StageGroup(config, placement_group=placement_group, first_bundle=1)
     num_blocks = await stages.start()
-    max_step_tokens = max(config.scheduler.token_budget, config.scheduler.max_num_seqs)
     transport: Transport = load("transport", config.transport, TRANSPORTS)(
         stages,
         config,
         max_steps_inside=max_steps_in_flight(config.pipeline_parallel_size),
-        max_message_bytes=max_step_tokens * info.decoder.hidden_size * _MAX_ITEMSIZE + 4 * _MIB,
+        max_message_bytes=config.scheduler.max_step_tokens * info.decoder.hidden_size * _MAX_ITEMSIZE + 4 * _MIB,
     )
     pipeline = ActorPipeline(stages, transport, step_timeout_s=config.step_timeout_s)
     await pipeline.open()

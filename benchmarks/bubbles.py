@@ -35,7 +35,7 @@ from rayserve_sarathi.actors.pipeline import ActorPipeline
 from rayserve_sarathi.actors.stage_group import StageGroup
 from rayserve_sarathi.actors.transport import TRANSPORTS, Transport
 from rayserve_sarathi.config import EngineConfig, SchedulerConfig
-from rayserve_sarathi.engine import Engine, RebuildLimit, make_scheduler, max_steps_in_flight
+from rayserve_sarathi.engine import Engine, RebuildLimit, make_scheduler
 from rayserve_sarathi.execution.inline import make_inline_pipeline
 from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.models.resolve import resolve_model
@@ -43,6 +43,7 @@ from rayserve_sarathi.placement import stage_bundle
 from rayserve_sarathi.registry import load
 from rayserve_sarathi.request import Request, RequestOutput, SamplingParams
 from rayserve_sarathi.scheduling import SCHEDULERS
+from rayserve_sarathi.scheduling.build import max_steps_in_flight
 
 NUM_STAGES = 2
 NUM_SMALL_STEPS = 300
@@ -153,10 +154,10 @@ async def measure_bubbles(config: EngineConfig, transport: str, *, seconds: floa
     async with started(config, transport) as (pipeline, num_blocks):
         scheduler = make_scheduler(config, resolve_model(config), num_blocks=num_blocks)
         engine = Engine(scheduler, pipeline, deliver=count, rebuild_limit=RebuildLimit(0, window_s=1.0))
-        await engine.warm_up(config.scheduler.token_budget)
+        await engine.warm_up(config.scheduler.max_token_budget)
         begin_s = time.monotonic()
-        await engine.warm_up(config.scheduler.token_budget)
-        prompt_tokens_per_s = config.scheduler.token_budget * NUM_STAGES / (time.monotonic() - begin_s)
+        await engine.warm_up(config.scheduler.max_token_budget)
+        prompt_tokens_per_s = config.scheduler.max_token_budget * NUM_STAGES / (time.monotonic() - begin_s)
         requests_per_s = LOAD * prompt_tokens_per_s / statistics.mean(PROMPT_TOKENS)
         running = asyncio.create_task(engine.run())
         begin_s = time.monotonic()

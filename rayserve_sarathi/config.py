@@ -29,8 +29,12 @@ class SchedulerConfig:
 
     policy: str = "sarathi"
     """How to fill a step; see `scheduling.SCHEDULERS`."""
-    token_budget: int = 512
-    """Most tokens in a step. Decodes are never dropped for it."""
+    token_budget: int | Literal["auto"] = 512
+    """Most tokens in a step. Decodes are never dropped for it. `auto` takes, every step, as many as keep `slo.tbt_s`;
+    without that target, as many as use the device well. It also lets a very long prompt leave a share to those behind
+    it. Policies that take whole prompts have no use for a budget."""
+    max_num_batched_tokens: int = 8192
+    """Largest budget that `auto` may choose; buffers have room for it."""
     max_num_seqs: int = 256
     """Most requests that run at once."""
     max_num_partial_prefills: int = 1
@@ -42,12 +46,47 @@ class SchedulerConfig:
     """Share of the KV blocks that a new request must leave free, so that decodes can grow."""
 
     def __post_init__(self) -> None:
-        _check_at_least("token_budget", self.token_budget, 1)
+        if self.token_budget != "auto":
+            _check_at_least("token_budget", self.token_budget, 1)
+        elif self.policy != "sarathi":
+            raise ConfigError(
+                f"token_budget auto is for the policy sarathi, and policy is {self.policy}; give a number of tokens"
+            )
+        _check_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _check_at_least("max_num_seqs", self.max_num_seqs, 1)
         _check_at_least("max_num_partial_prefills", self.max_num_partial_prefills, 1)
         _check_at_least("max_num_waiting", self.max_num_waiting, 1)
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark must be at least 0 and less than 1, got {self.watermark}")
+
+    @property
+    def max_token_budget(self) -> int:
+        """The budget, or the largest that `auto` may choose."""
+        return self.max_num_batched_tokens if self.token_budget == "auto" else self.token_budget
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens that a step has at most: what is sized for it has room for any."""
+        return max(self.max_token_budget, self.max_num_seqs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloConfig:
+    """How fast tokens are to follow one another."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    tbt_s: float | None = None
+    """Target for the time between two tokens of a request, in seconds; None for no target. Every gap above it is
+    counted with its cause, and `token_budget: auto` keeps it."""
+    quantile: float = 0.99
+    """Share of all gaps that are to be within the target."""
+
+    def __post_init__(self) -> None:
+        if self.tbt_s is not None:
+            _check_seconds("tbt_s", self.tbt_s)
+        if not 0.5 <= self.quantile < 1:
+            raise ConfigError(f"quantile must be at least 0.5 and less than 1, got {self.quantile}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +171,7 @@ class EngineConfig:
     trust_remote_code: bool = False
     """Whether the tokenizer may run code from the checkpoint. Model code never does."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -227,7 +267,7 @@ class AppConfig(EngineConfig):
         return EngineConfig(**{field.name: getattr(self, field.name) for field in fields(EngineConfig)})
 
 
-_Config = TypeVar("_Config", SchedulerConfig, EngineConfig, IngressConfig, AppConfig)
+_Config = TypeVar("_Config", SchedulerConfig, SloConfig, EngineConfig, IngressConfig, AppConfig)
 
 
 def parse(cls: type[_Config], settings: Mapping[str, Any]) -> _Config:

@@ -10,14 +10,15 @@ from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError, PipelineFaultError, SarathiError
 from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
-from rayserve_sarathi.kv.block_manager import BlockManager
 from rayserve_sarathi.load_report import LoadReport
 from rayserve_sarathi.metrics import SchedulerState, Snapshot
 from rayserve_sarathi.models.resolve import ModelInfo
-from rayserve_sarathi.registry import check_name, load
+from rayserve_sarathi.registry import check_name
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput, SamplingParams
 from rayserve_sarathi.scheduling import SCHEDULERS
 from rayserve_sarathi.scheduling.base import Scheduler
+from rayserve_sarathi.scheduling.build import build_scheduler
+from rayserve_sarathi.scheduling.late_tokens import LateReport
 from rayserve_sarathi.step_log import PipelineTrace, StepLog
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,6 @@ class RebuildLimit:
         return len(self._rebuilds_s) <= self._max_rebuilds
 
 
-def max_steps_in_flight(num_stages: int) -> int:
-    """Return how many steps to keep in flight: one a stage, and one that waits so that no stage does.
-
-    With a single stage, one: a second would hold no decode (those are in the first), only delay the next ones.
-    """
-    return 1 if num_stages == 1 else num_stages + 1
-
-
 def check_names(config: EngineConfig) -> None:
     """Look for what `config` names, which is cheaper to get wrong before the weights are loaded.
 
@@ -76,21 +69,16 @@ def make_scheduler(config: EngineConfig, info: ModelInfo, *, num_blocks: int) ->
     Raises:
         ConfigError: There is no such policy.
     """
-    blocks = BlockManager(
-        num_blocks,
-        block_size=config.block_size,
-        watermark=config.scheduler.watermark,
-        enable_prefix_caching=config.enable_prefix_caching,
-    )
-    scheduler: Scheduler = load("scheduler policy", config.scheduler.policy, SCHEDULERS)(
+    return build_scheduler(
         config.scheduler,
-        blocks,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
-        max_steps_in_flight=max_steps_in_flight(config.pipeline_parallel_size),
-        num_decode_groups=config.pipeline_parallel_size,
+        num_stages=config.pipeline_parallel_size,
+        slo=config.slo,
     )
-    return scheduler
 
 
 class Engine:
@@ -279,6 +267,10 @@ class Engine:
     def trace(self, *, pipeline: str) -> PipelineTrace:
         """Return the last steps, one by one."""
         return self._steps.trace(pipeline=pipeline, now_s=self._clock())
+
+    def why(self, request_id: str) -> list[LateReport]:
+        """Return which tokens of a request were late, and why; see `LateTokens.reports`."""
+        return self._scheduler.late_reports(request_id)
 
     async def _run_steps(self) -> None:
         submitting = asyncio.create_task(self._submit_steps())

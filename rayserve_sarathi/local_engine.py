@@ -10,6 +10,7 @@ from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.metrics import render
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
 from rayserve_sarathi.scheduling.base import Scheduler
+from rayserve_sarathi.scheduling.late_tokens import LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
 
@@ -130,3 +131,7 @@ class LocalEngine:
     async def trace(self) -> list[PipelineTrace]:
         """See `EngineClient`."""
         return [self._engine.trace(pipeline="0")]
+
+    async def why(self, request_id: str) -> list[LateReport]:
+        """See `EngineClient`."""
+        return self._engine.why(request_id)

@@ -18,7 +18,8 @@ from rayserve_sarathi.stage_times import StageTotals
 
 _PREFIX = "sarathi_"
 _LABELS = ("model_name", "pipeline")
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -37,14 +38,20 @@ class Histogram:
 
     def observe(self, value: float) -> None:
         """Count one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self.observe_repeated(value, 1)
 
     def observe_all(self, values: Sequence[float]) -> None:
         """Count many values; those of one step are mostly equal, so each different one is looked up once."""
+        if values and values.count(values[0]) == len(values):
+            self.observe_repeated(values[0], len(values))
+            return
         for value, count in Counter(values).items():
-            self._counts[bisect_left(self._bounds, value)] += count
-            self._sum += value * count
+            self.observe_repeated(value, count)
+
+    def observe_repeated(self, value: float, count: int) -> None:
+        """Count `count` equal values."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
 
     def buckets(self) -> list[tuple[str, float]]:
         """Return Prometheus's cumulative buckets."""
@@ -61,7 +68,7 @@ class Histogram:
 
 
 def _seconds() -> Histogram:
-    return Histogram(_SECONDS)
+    return Histogram(SECONDS_BOUNDS)
 
 
 @dataclass(eq=False)
@@ -92,6 +99,10 @@ class SchedulerMetrics:
     request_prefill_time_s: Histogram = field(default_factory=_seconds)
     request_decode_time_s: Histogram = field(default_factory=_seconds)
     iteration_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
+    num_tbt_slo_violations: Counter[str] = field(default_factory=Counter)
+    """Gaps between tokens above the target, by cause; see `scheduling.late_tokens`."""
+    step_time_prediction_error: Histogram = field(default_factory=lambda: Histogram(_RATIOS))
+    """Time of a step over what was predicted; observed where there is a target or the budget is `auto`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +152,9 @@ class _SnapshotCollector(Collector):
         yield self._by_label(
             "stage_restarts", "Times that a pipeline was rebuilt", "reason", attrgetter("num_stage_restarts")
         )
+        yield self._by_label(
+            "tbt_slo_violations", "Gaps between tokens above the target", "cause", attrgetter("num_tbt_slo_violations")
+        )
         yield self._counter("num_preemptions", "Requests preempted", lambda s: s.metrics.num_preemptions)
         yield self._counter("recomputed_tokens", "Tokens computed again", lambda s: s.metrics.num_recomputed_tokens)
         yield self._counter("prompt_tokens", "Computed or found in the cache", lambda s: s.metrics.num_prompt_tokens)
@@ -157,6 +171,7 @@ class _SnapshotCollector(Collector):
             ("request_prefill_time_seconds", "First step to first token", "request_prefill_time_s"),
             ("request_decode_time_seconds", "First token to end", "request_decode_time_s"),
             ("iteration_tokens_total", "Tokens in a step", "iteration_tokens"),
+            ("step_time_prediction_error_ratio", "Time of a step over its prediction", "step_time_prediction_error"),
         ):
             yield self._histogram(name, text, attrgetter(histogram))
 

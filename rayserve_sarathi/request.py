@@ -187,6 +187,7 @@ class Request:
     """
 
     __slots__ = (
+        "admitted_s",
         "arrival_s",
         "block_hashes",
         "block_table",
@@ -261,6 +262,8 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] = []
 
         self.first_scheduled_s: float | None = None
+        self.admitted_s: float | None = None
+        """When it began to run, for the last time if it was preempted."""
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
 

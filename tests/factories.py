@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from rayserve_sarathi.config import SchedulerConfig
+from rayserve_sarathi.config import SchedulerConfig, SloConfig
 from rayserve_sarathi.kv.block_manager import BlockManager
 from rayserve_sarathi.registry import load
 from rayserve_sarathi.request import Request, SamplingParams
 from rayserve_sarathi.scheduling import SCHEDULERS
 from rayserve_sarathi.scheduling.base import Scheduler
 from rayserve_sarathi.step import StepInput, StepOutput
+from rayserve_sarathi.step_shape import StepTimeModel
 
 VOCAB_SIZE = 1000
 
@@ -55,6 +56,8 @@ def make_scheduler(
     max_steps_in_flight: int = 1,
     num_decode_groups: int = 1,
     enable_prefix_caching: bool = True,
+    slo: SloConfig | None = None,
+    prior: StepTimeModel | None = None,
     **config: Any,
 ) -> Scheduler:
     """Make a scheduler over a pool of its own; `max_model_len` defaults to the whole pool."""
@@ -72,6 +75,8 @@ def make_scheduler(
         vocab_size=VOCAB_SIZE,
         max_steps_in_flight=max_steps_in_flight,
         num_decode_groups=num_decode_groups,
+        slo=slo,
+        prior=prior,
     )
     return scheduler
 

@@ -52,6 +52,15 @@ DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments"
         ({"model": "m", "hf_overrides": ["hidden_size"]}, "hf_overrides: input should be an object"),
         ({"model": "m", "scheduler": 3}, "scheduler: input should be an object"),
         ({"model": "m", "scheduler": {"token_budget": 0}}, "token_budget must be at least 1"),
+        ({"model": "m", "scheduler": {"token_budget": "best"}}, "input should be 'auto', got 'best'"),
+        (
+            {"model": "m", "scheduler": {"policy": "vllm", "token_budget": "auto"}},
+            "token_budget auto is for the policy sarathi, and policy is vllm",
+        ),
+        ({"model": "m", "scheduler": {"max_num_batched_tokens": 0}}, "max_num_batched_tokens must be at least 1"),
+        ({"model": "m", "slo": {"tbt": 0.1}}, "unknown setting slo.tbt; did you mean slo.tbt_s"),
+        ({"model": "m", "slo": {"tbt_s": 0}}, "tbt_s must be a number greater than 0"),
+        ({"model": "m", "slo": {"tbt_s": 0.1, "quantile": 1}}, "quantile must be at least 0.5 and less than 1"),
         ({"model": "m", "scheduler": {"max_num_seqs": 0}}, "max_num_seqs must be at least 1"),
         ({"model": "m", "scheduler": {"max_num_partial_prefills": 0}}, "max_num_partial_prefills must be at least 1"),
         ({"model": "m", "scheduler": {"max_num_waiting": 0}}, "max_num_waiting must be at least 1"),
@@ -83,3 +92,13 @@ def test_nested_settings_and_lists_arrive():
 def test_the_deployment_files_hold_valid_settings(path: Path):
     for application in yaml.safe_load(path.read_text())["applications"]:
         assert isinstance(parse(AppConfig, application["args"]), EngineConfig)
+
+
+def test_a_budget_of_auto_is_sized_by_its_limit():
+    settings = {"model": "m", "scheduler": {"token_budget": "auto", "max_num_batched_tokens": 4096}}
+    config = parse(EngineConfig, settings | {"slo": {"tbt_s": 0.1}})
+
+    assert (config.scheduler.max_token_budget, config.scheduler.max_step_tokens) == (4096, 4096)
+    assert config.slo.tbt_s == 0.1
+    assert SchedulerConfig(token_budget=7).max_token_budget == 7
+    assert SchedulerConfig(token_budget=7, max_num_seqs=9).max_step_tokens == 9

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from rayserve_sarathi.config import EngineConfig, SchedulerConfig
-from rayserve_sarathi.engine import make_scheduler, max_steps_in_flight
+from rayserve_sarathi.engine import make_scheduler
 from rayserve_sarathi.execution.stage import Stage
 from rayserve_sarathi.local_engine import LocalEngine
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.request import SamplingParams
+from rayserve_sarathi.scheduling.build import max_steps_in_flight
 from tests.execution.wired import wired
 from tests.servable import Reference, save_servable
 

@@ -132,7 +132,7 @@ def _pool_shape(decoder: Decoder, num_blocks: int, block_size: int) -> tuple[int
 
 def activation_bytes(config: EngineConfig, shape: DecoderConfig, shard: Shard, *, itemsize: int, is_last: bool) -> int:
     """Estimate the most that a step needs beside weights and KV: one layer's tensors, and the sampler's."""
-    num_tokens = max(config.scheduler.token_budget, config.scheduler.max_num_seqs)
+    num_tokens = config.scheduler.max_step_tokens
     heads = len(shard.heads) + len(shard.kv_heads)
     layer = 4 * shape.hidden_size + 4 * heads * shape.head_dim + 4 * len(shard.intermediate)
     # Logits, weights, kept weights and their float64 sums at once.

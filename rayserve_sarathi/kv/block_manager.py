@@ -27,7 +27,7 @@ class BlockManager:
         self.block_size = block_size
         self._pool = BlockPool(num_blocks)
         self._num_watermark_blocks = int(watermark * num_blocks)
-        self._enable_prefix_caching = enable_prefix_caching
+        self.enable_prefix_caching = enable_prefix_caching
         self._pending: deque[tuple[Request, int]] = deque()
         self._recent = RecentPrefixes(_NUM_MARKS)
 
@@ -49,7 +49,7 @@ class BlockManager:
     def can_share(self, request: Request) -> bool:
         """Whether `find_prefix` looks for blocks of others at all."""
         wants_whole_prompt = request.sampling.prompt_logprobs is not None and request.num_output_tokens == 0
-        return self._enable_prefix_caching and not wants_whole_prompt
+        return self.enable_prefix_caching and not wants_whole_prompt
 
     def find_prefix(self, request: Request) -> list[int]:
         """Return the blocks of the longest prefix of `request` whose KV exists.
@@ -68,16 +68,16 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
-    def allocate(self, request: Request, prefix: list[int], *, keep_watermark: bool) -> bool:
-        """Give `request` the blocks of all its tokens, the first of which are `prefix`.
+    def allocate(self, request: Request, prefix: list[int], *, num_tokens: int, keep_watermark: bool) -> bool:
+        """Give `request` blocks for `num_tokens`, the first of which are `prefix`.
 
-        All of them at admission, so that a prompt once begun is never stopped for want of blocks.
+        At least for all it has, so that a prompt once begun is never stopped for want of blocks.
 
         Returns:
             Whether there were enough; if not, nothing has changed.
         """
         assert not request.block_table, f"{request} has blocks already"
-        num_new = self._num_blocks_for(request.num_tokens) - len(prefix)
+        num_new = self._num_blocks_for(num_tokens) - len(prefix)
         num_revived = sum(map(self._pool.is_free, prefix))
         reserve = self._num_watermark_blocks if keep_watermark else 0
         if self._pool.num_free_blocks - num_revived - reserve < num_new:
@@ -86,7 +86,7 @@ class BlockManager:
             self._pool.share(block)
         self._recent.note(request.block_hashes)
         request.block_table.extend(prefix)
-        request.block_table.extend(self._pool.allocate() for _ in range(num_new))
+        request.block_table.extend(self._pool.allocate_many(num_new))
         return True
 
     def grow(self, request: Request, num_tokens: int) -> bool:
@@ -102,7 +102,7 @@ class BlockManager:
     def share_computed(self, request: Request, num_before: int) -> None:
         """Let other requests find the blocks that filled up as `num_computed_tokens` grew from `num_before`."""
         first, last = num_before // self.block_size, request.num_computed_tokens // self.block_size
-        if first == last or not self._enable_prefix_caching:
+        if first == last or not self.enable_prefix_caching:
             return
         self._hash_blocks(request)
         for index in range(first, last):
@@ -110,7 +110,7 @@ class BlockManager:
 
     def share_later(self, request: Request, num_before: int) -> None:
         """Like `share_computed`, but by one of the next calls of `share_pending`."""
-        if self._enable_prefix_caching:
+        if self.enable_prefix_caching:
             self._pending.append((request, num_before))
 
     def share_pending(self, limit: int) -> None:
@@ -128,8 +128,7 @@ class BlockManager:
     def free(self, request: Request) -> None:
         """Take all blocks of `request` back; the end of its sequence will be evicted before the beginning."""
         self._recent.note(request.block_hashes)
-        for block in reversed(request.block_table):
-            self._pool.release(block)
+        self._pool.release(reversed(request.block_table))
         del request.block_table[:]
 
     def pack_marks(self) -> bytes:

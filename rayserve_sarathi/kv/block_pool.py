@@ -1,6 +1,7 @@
 """Blocks of the KV pool: reference counts, free blocks, and free blocks whose content may still be reused."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from rayserve_sarathi.errors import ConfigError
 
@@ -45,6 +46,17 @@ class BlockPool:
         self._num_references[block] = 1
         return block
 
+    def allocate_many(self, count: int) -> list[int]:
+        """Take `count` free blocks, as `allocate` one after the other would; there must be as many."""
+        num_empty = min(count, len(self._empty))
+        blocks = self._empty[len(self._empty) - num_empty :]
+        blocks.reverse()
+        del self._empty[len(self._empty) - num_empty :]
+        num_references = self._num_references
+        for block in blocks:
+            num_references[block] = 1
+        return blocks + [self.allocate() for _ in range(count - num_empty)]
+
     def find(self, name: bytes) -> int | None:
         """Return the block of that name, or None."""
         return self._block_of.get(name)
@@ -60,15 +72,18 @@ class BlockPool:
             del self._named_free[block]
         self._num_references[block] += 1
 
-    def release(self, block: int) -> None:
-        """Drop a reference; without any, the block is free."""
-        assert self._num_references[block] > 0, f"block {block} is free already"
-        self._num_references[block] -= 1
-        if self._num_references[block] == 0:
-            if block in self._name_of:
-                self._named_free[block] = None
-            else:
-                self._empty.append(block)
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop a reference of each, in this order."""
+        num_references, name_of = self._num_references, self._name_of
+        for block in blocks:
+            count = num_references[block] - 1
+            assert count >= 0, f"block {block} is free already"
+            num_references[block] = count
+            if count == 0:
+                if block in name_of:
+                    self._named_free[block] = None
+                else:
+                    self._empty.append(block)
 
     def name(self, block: int, name: bytes) -> None:
         """Let others find `block`, whose content is complete; the first block of a name keeps it."""

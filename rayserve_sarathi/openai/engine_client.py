@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from rayserve_sarathi.request import RequestOutput, SamplingParams
+from rayserve_sarathi.scheduling.late_tokens import LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
 
@@ -57,3 +58,9 @@ class EngineClient(Protocol):
 
     async def trace(self) -> list[PipelineTrace]:
         """Return the last steps of each pipeline that answers."""
+
+    async def why(self, request_id: str) -> list[LateReport]:
+        """Return which tokens came later than `slo.tbt_s`, and why, of the requests whose id is, or begins with, this.
+
+        None for a request without late tokens, or one that is forgotten.
+        """

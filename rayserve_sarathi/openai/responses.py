@@ -178,3 +178,27 @@ class TraceResponse(_Answer):
 
     displayTimeUnit: Literal["ms"]  # noqa: N815  # the format's name
     traceEvents: list[dict[str, object]]  # noqa: N815  # the format's name
+
+
+class LateGapAnswer(_Answer):
+    """A gap between two tokens that was above the target."""
+
+    position: int
+    gap_s: float
+    cause: str
+    culprit: str | None
+
+
+class LateRequestAnswer(_Answer):
+    """What was late of one choice."""
+
+    request_id: str
+    tbt_s: float
+    num_late: dict[str, int]
+    gaps: list[LateGapAnswer]
+
+
+class WhyResponse(_Answer):
+    """Answer of `/debug/why/{request_id}`; without requests if none has late tokens, or if they are forgotten."""
+
+    requests: list[LateRequestAnswer]

@@ -38,6 +38,7 @@ from rayserve_sarathi.openai.protocol import (
     TokenizeTextRequest,
 )
 from rayserve_sarathi.openai.service import OpenAIService
+from rayserve_sarathi.scheduling.late_tokens import LateReport
 from rayserve_sarathi.text.tokenizer import Tokenizer
 from rayserve_sarathi.tracing import render_chrome_trace
 
@@ -94,6 +95,7 @@ def build_service_app(service: OpenAIService, config: IngressConfig) -> FastAPI:
     _get(app, "/metrics", routes.metrics, None)
     if config.admin_keys:
         _get(app, "/debug/trace", routes.trace, responses.TraceResponse)
+        _get(app, "/debug/why/{request_id}", routes.why, responses.WhyResponse)
     app.add_exception_handler(HTTPException, _answer_routing_error)
     # The last one added is the outermost.
     app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys, admin_keys=config.admin_keys)
@@ -147,6 +149,12 @@ class _Routes:
         traces = await self._service.engine.trace()
         return Response(await asyncio.to_thread(render_chrome_trace, traces), media_type="application/json")
 
+    async def why(self, request: Request, request_id: str) -> Response:
+        if not getattr(request.state, "is_admin", False):
+            raise HttpError.no_admin_key()
+        reports = await self._service.engine.why(request_id)
+        return _json({"requests": [_late_request(report) for report in reports]})
+
     async def _read_body(self, request: Request, until_s: float = math.inf) -> dict[str, object]:
         return await read_json_object(
             request, max_body_bytes=self._config.max_body_bytes, until_s=until_s, late_message=_TOO_LATE
@@ -170,6 +178,15 @@ class _Routes:
                 return await answer(body, tenant=tenant)
 
         return await _json_in_turns(await until_disconnect(request.receive, work()))
+
+
+def _late_request(report: LateReport) -> JsonObject:
+    return {
+        "request_id": report.request_id,
+        "tbt_s": report.tbt_s,
+        "num_late": {**report.num_late},
+        "gaps": [{**gap._asdict()} for gap in report.gaps],
+    }
 
 
 def _json(value: JsonObject) -> Response:
@@ -250,7 +267,8 @@ def _openapi(app: FastAPI, config: IngressConfig) -> dict[str, Any]:
         if config.api_keys:
             schema["security"] = [{"key": []}]
         if config.admin_keys:
-            schema["paths"]["/debug/trace"]["get"]["security"] = [{"key": []}]
+            for path in ("/debug/trace", "/debug/why/{request_id}"):
+                schema["paths"][path]["get"]["security"] = [{"key": []}]
         app.openapi_schema = schema
     return app.openapi_schema
 

@@ -5,6 +5,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from math import ceil
 
+import numpy as np
+
 from rayserve_sarathi.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from rayserve_sarathi.request import Request
 
@@ -29,11 +31,11 @@ def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> N
         )
     biased = [token_id for token_id, _ in sampling.logit_bias]
     for name, token_ids in (
-        ("prompt", request.token_ids),
-        ("logit_bias", biased),
-        ("stop_token_ids", sampling.stop_token_ids),
+        ("prompt", np.frombuffer(request.token_ids, dtype=np.int32)),
+        ("logit_bias", np.array(biased, dtype=np.int32)),
+        ("stop_token_ids", np.array(sampling.stop_token_ids, dtype=np.int32)),
     ):
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
             wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
             raise InvalidRequestError(
                 f"{name} holds token id {wrong}; the model's are 0 to {vocab_size - 1}", param=name

@@ -9,19 +9,26 @@ before an older one, so the oldest request is always at the front and is never p
 Longer than most modules: `schedule` and `update` keep one account of each request, and are read side by side.
 """
 
+import math
 from abc import ABC, abstractmethod
+from array import array
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
-from rayserve_sarathi.config import SchedulerConfig
+from rayserve_sarathi.config import SchedulerConfig, SloConfig
 from rayserve_sarathi.kv.block_manager import BlockManager
 from rayserve_sarathi.metrics import SchedulerMetrics, SchedulerState
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput
 from rayserve_sarathi.scheduling.admission import RequestQueue, check_request, order_of
+from rayserve_sarathi.scheduling.late_tokens import LateReport
+from rayserve_sarathi.scheduling.pace import pace_of
 from rayserve_sarathi.scheduling.packing import build_step_input, has_extras
+from rayserve_sarathi.scheduling.plan import StepPlan, count_alike, grow_alike
+from rayserve_sarathi.scheduling.token_budget import LONG_PROMPT_BUDGETS, LONG_PROMPT_SHARE
 from rayserve_sarathi.step import StepInput, StepOutput, pack_sampling
+from rayserve_sarathi.step_shape import StepTimeModel
 
 _new_tuple = tuple.__new__
 
@@ -30,13 +37,6 @@ _MIN_SHARED_LATER = 32
 
 Chunks = dict[Request, int]
 """Tokens to compute of each request."""
-
-
-@dataclass(frozen=True, slots=True)
-class _StepInFlight:
-    decodes: list[Request]
-    prefills: Chunks
-    sampled_prefills: list[Request]
 
 
 class Scheduler(ABC):
@@ -51,6 +51,8 @@ class Scheduler(ABC):
         num_decode_groups: Steps over which the decodes are spread: one for each pipeline stage, so that no step holds
             them all while the other stages have nothing to do.
         epoch: Generation of the pipeline that the steps are for.
+        slo: The target for the time between tokens.
+        prior: What steps take, as far as that is known, for `token_budget: auto` to begin with.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Scheduler(ABC):
         max_steps_in_flight: int = 1,
         num_decode_groups: int = 1,
         epoch: int = 0,
+        slo: SloConfig | None = None,
+        prior: StepTimeModel | None = None,
     ) -> None:
         num_slots = block_manager.num_blocks * block_manager.block_size
         assert num_slots >= max_model_len, f"{num_slots} KV slots cannot hold a request of {max_model_len} tokens"
@@ -73,15 +77,25 @@ class Scheduler(ABC):
         self._vocab_size = vocab_size
         self._max_steps_in_flight = max_steps_in_flight
         self._num_decode_groups = num_decode_groups
-        self._epoch = epoch
+        self.epoch = epoch
+        """Generation of the pipeline that steps are for."""
         self._requests: dict[str, Request] = {}
         self._queue = RequestQueue(config.max_num_waiting)
         self.running: list[Request] = []
-        self._in_flight: OrderedDict[int, _StepInFlight] = OrderedDict()
+        self._in_flight: OrderedDict[int, StepPlan] = OrderedDict()
         self._num_steps = 0
         self._num_added = 0
         self._just_preempted = False
         self._now_s = 0.0
+        self._pace = pace_of(
+            config,
+            slo or SloConfig(),
+            max_steps_in_flight=max_steps_in_flight,
+            num_stages=num_decode_groups,
+            prior=prior,
+        )
+        self.newest_has_chunks = False
+        """Whether the newest step has any tokens but decodes."""
 
     # What its owner calls.
 
@@ -133,28 +147,13 @@ class Scheduler(ABC):
         Returns:
             None if there is nothing to compute, or as many steps in flight as there may be.
         """
-        if len(self._in_flight) >= self._max_steps_in_flight:
+        plan = self._plan(now_s)
+        if plan is None:
             return None
-        self._just_preempted = False
-        self._now_s = now_s
-        decodes, prefills = self.choose()
-        if not decodes and not prefills:
-            return None
-        # The sort puts single tokens before longer chunks, as kernels take them together with the decodes.
-        prefills = dict(sorted(prefills.items(), key=_is_long))
-        sampled_prefills = [
-            request
-            for request, num_new in prefills.items()
-            if request.num_scheduled_tokens + num_new == request.num_tokens
-        ]
-        step = build_step_input(decodes, prefills, sampled_prefills, step_id=self._num_steps, epoch=self._epoch)
-        for request in decodes:
-            request.num_in_flight_tokens = 1
-        for request, num_new in prefills.items():
-            request.num_in_flight_tokens += num_new
-        self._in_flight[step.step_id] = _StepInFlight(decodes, prefills, sampled_prefills)
-        self._num_steps += 1
-        self.metrics.iteration_tokens.observe(step.num_tokens)
+        step = build_step_input(
+            plan.decodes, plan.prefills, plan.sampled_prefills, step_id=plan.step_id, epoch=self.epoch
+        )
+        self._launch(plan)
         return step
 
     def update(self, step_output: StepOutput, now_s: float) -> list[RequestOutput]:
@@ -163,10 +162,12 @@ class Scheduler(ABC):
         A result that cannot be right (wrong shape, token outside of the vocabulary) fails the requests of its step.
         """
         step_id, epoch = step_output.step_id, step_output.epoch
-        oldest = (next(iter(self._in_flight), None), self._epoch)
+        oldest = (next(iter(self._in_flight), None), self.epoch)
         assert (step_id, epoch) == oldest, f"step {step_id} of epoch {epoch} came back, but the oldest is {oldest}"
         step = self._in_flight.pop(step_id)
         num_decodes = len(step.decodes)
+        if self._pace is not None:
+            self._pace.land(step.decodes, step.prefills, step.sampled_prefills, step_output, self.metrics, now_s)
         fault = step_output.fault
         error = (
             fault.message
@@ -187,6 +188,71 @@ class Scheduler(ABC):
         self._blocks.share_pending(max(_MIN_SHARED_LATER, 2 * num_decodes // self._blocks.block_size))
         return _attach_logprobs(outputs, step, step_output) if step_output.logprobs else outputs
 
+    # The same without stages that would read a `StepInput`: for the simulator.
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """Make the next step like `schedule`, but do not pack it."""
+        plan = self._plan(now_s)
+        if plan is not None:
+            self._launch(plan)
+        return plan
+
+    @property
+    def can_advance(self) -> bool:
+        """Whether `advance` does what `update` would; a policy that learns from the stages' times says False."""
+        return not self._blocks.enable_prefix_caching and self._pace is None
+
+    def num_alike(self, plan: StepPlan) -> int:
+        """Return how many steps, beginning with the one in flight, are alike: the same decodes and chunk lengths.
+
+        They are if no request is added, or one is and `can_admit_new` is false. 1 wherever that is not plain.
+        """
+        if self._max_steps_in_flight > 1 or len(plan.decodes) + len(plan.prefills) < len(self.running):
+            return 1
+        if self._just_preempted or not self.is_repeated(plan):
+            return 1
+        return count_alike(plan, block_size=self._blocks.block_size, num_free_blocks=self._blocks.num_free_blocks)
+
+    def can_admit_new(self, plan: StepPlan) -> bool:
+        """Whether a request added now might run in the next step: `plan` is not full, and no other waits."""
+        return not plan.prefills and not self._queue and len(self.running) < self.config.max_num_seqs
+
+    def advance(self, ends_s: Sequence[float]) -> list[RequestOutput]:
+        """Take the oldest step in flight, and `len(ends_s) - 1` more that are alike, as done, at those times.
+
+        The same as `update`, `schedule`, `update` ... at those times with 0 for every token, and no more than
+        `num_alike` steps.
+
+        Returns:
+            The outputs that end a request.
+        """
+        _, plan = self._in_flight.popitem(last=False)
+        num_steps, end_s = len(ends_s), ends_s[-1]
+        decodes = plan.decodes
+        if num_steps > 1:
+            grow_alike(decodes, num_steps, self._blocks)
+            self._num_steps += num_steps - 1
+            self._now_s = ends_s[-2]
+            self.metrics.iteration_tokens.observe_repeated(plan.num_tokens, num_steps - 1)
+            for request, num_new in plan.prefills.items():
+                request.num_computed_tokens += (num_steps - 1) * num_new
+        self._observe_alike(decodes, ends_s)
+        outputs: list[RequestOutput] = []
+        tokens = array("i", bytes(4 * num_steps))
+        for request in decodes:
+            request.num_in_flight_tokens = 0
+            request.num_computed_tokens += num_steps
+            request.last_token_s = end_s
+            token_ids = request.token_ids
+            token_ids += tokens
+            if len(token_ids) >= request.max_num_tokens:
+                outputs.append(RequestOutput(request.request_id, (0,), self._finish_sampled(request, end_s)))
+        token_of = dict.fromkeys(plan.sampled_prefills, 0)
+        ended = self._update_prefills(plan.prefills, token_of, end_s) if plan.prefills else []
+        return outputs + [output for output in ended if output.finish_reason is not None]
+
+    # For its owner again.
+
     def restart(self) -> int:
         """Begin a new epoch: the pipeline was rebuilt, and with it all KV and every step in flight is gone.
 
@@ -201,11 +267,13 @@ class Scheduler(ABC):
                 if request.is_aborted:
                     self._blocks.free(request)
         self._in_flight.clear()
+        if self._pace is not None:
+            self._pace.restart()
         for request in tuple(self.running):
-            self._put_back(request)
+            self._put_back(request, "rebuild")
         self._blocks.forget_content()
-        self._epoch += 1
-        return self._epoch
+        self.epoch += 1
+        return self.epoch
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -222,8 +290,20 @@ class Scheduler(ABC):
                 max(request.num_tokens - request.num_scheduled_tokens, 0) for request in self._requests.values()
             ),
             num_steps_in_flight=len(self._in_flight),
-            token_budget=self.config.token_budget,
+            token_budget=self.token_budget,
         )
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens in a step; where it is chosen every step, the mean of the last ones."""
+        if self.config.token_budget != "auto":
+            return self.config.token_budget
+        assert self._pace is not None, "a budget of auto has a pace"
+        return self._pace.budget.mean_tokens
+
+    def late_reports(self, request_id: str) -> list[LateReport]:
+        """Return which tokens of a request were late, and why; see `LateTokens.reports`."""
+        return [] if self._pace is None else self._pace.late_reports(request_id)
 
     def pack_marks(self) -> bytes:
         """Return what tells others which prefixes are cached here; see `BlockManager.pack_marks`."""
@@ -233,6 +313,11 @@ class Scheduler(ABC):
     def num_waiting(self) -> int:
         """Requests that have never run."""
         return self._queue.num_new
+
+    @property
+    def has_queued(self) -> bool:
+        """Whether any request waits, new or preempted."""
+        return bool(self._queue)
 
     def reset_metrics(self) -> None:
         """Begin to count from zero; there must be no open request."""
@@ -271,6 +356,13 @@ class Scheduler(ABC):
         Blocks for them are allocated already. Both empty means that there is nothing to compute now.
         """
 
+    def is_repeated(self, plan: StepPlan) -> bool:
+        """Whether `plan`, which has all that run, is followed by its like while nothing but its own progress happens.
+
+        Right for policies that look at nothing but requests and blocks; one whose budget changes says False.
+        """
+        return not plan.prefills
+
     def take_running(self) -> tuple[list[Request], list[Request]]:
         """Return the running requests that can decode now, with a block for the token, and those in prefill.
 
@@ -297,6 +389,8 @@ class Scheduler(ABC):
                     continue
                 if len(request.block_table) * block_size >= num_tokens or self._grow(request):
                     decodes.append(request)
+                elif self._pace is not None and request.block_table:
+                    self._pace.interrupt(request, "kv_wait")
             elif num_left > request.num_in_flight_tokens:
                 prefills.append(request)
         if self._just_preempted:
@@ -304,12 +398,50 @@ class Scheduler(ABC):
         del decodes[-(-num_decoding // self._num_decode_groups) :]
         return decodes, prefills
 
-    def admit_next(self) -> Request | None:
+    def take_chunks(self, ongoing: list[Request], budget: int) -> Chunks:
+        """Return up to `budget` tokens of requests in prefill, then of new ones, which are admitted for it.
+
+        With `max_num_partial_prefills` above 1, each of that many prompts gets an even share of the budget, so no more
+        can be half computed; what short prompts leave of their share goes to the oldest.
+        """
+        prefills: Chunks = {}
+        share = self._share_of_one(ongoing, budget)
+        for request in ongoing:
+            if budget == 0:
+                break
+            prefills[request] = min(request.num_tokens - request.num_scheduled_tokens, share, budget)
+            budget -= prefills[request]
+        while budget and (admitted := self.admit_next()) is not None:
+            prefills[admitted] = min(admitted.num_tokens - admitted.num_computed_tokens, share, budget)
+            budget -= prefills[admitted]
+        for request, num_new in prefills.items():
+            extra = min(request.num_tokens - request.num_scheduled_tokens - num_new, budget)
+            prefills[request] += extra
+            budget -= extra
+        return prefills
+
+    def take_prompts(self, limit: int | None = None) -> Chunks:
+        """Admit new requests and return all that each lacks, together at most `limit` tokens (None for any number)."""
+        prompts: Chunks = {}
+        while (admitted := self.admit_next(limit)) is not None:
+            prompts[admitted] = admitted.num_tokens - admitted.num_computed_tokens
+            if limit is not None:
+                limit -= prompts[admitted]
+        return prompts
+
+    def num_tokens_to_hold(self, request: Request) -> int:
+        """Return for how many tokens a request gets blocks when it is admitted."""
+        return request.num_tokens
+
+    def admit_next(self, max_num_new: int | None = None) -> Request | None:
         """Move the oldest request that waits to `running`, with its cached prefix and the blocks for all its tokens.
 
+        Args:
+            max_num_new: Most tokens that it may lack; None for any number.
+
         Returns:
-            The request; None if none waits, `max_num_seqs` run, its blocks are not free, or a request was preempted
-            in this step (whose blocks are wanted by those that run).
+            The request; None if none waits, `max_num_seqs` run, its blocks are not free, it lacks more, or a request
+            was preempted in this step (whose blocks are wanted by those that run).
         """
         if self._just_preempted or len(self.running) >= self.config.max_num_seqs:
             return None
@@ -317,7 +449,11 @@ class Scheduler(ABC):
         if request is None:
             return None
         prefix = self._blocks.find_prefix(request)
-        if not self._blocks.allocate(request, prefix, keep_watermark=bool(self.running)):
+        if max_num_new is not None and request.num_tokens - len(prefix) * self._blocks.block_size > max_num_new:
+            return None
+        if not self._blocks.allocate(
+            request, prefix, num_tokens=self.num_tokens_to_hold(request), keep_watermark=bool(self.running)
+        ):
             return None
         self._queue.remove(request)
         insort(self.running, request, key=order_of)
@@ -325,6 +461,7 @@ class Scheduler(ABC):
         if self._blocks.can_share(request):
             self.metrics.num_prefix_cache_queries += request.num_tokens
             self.metrics.num_prefix_cache_hits += request.num_computed_tokens
+        request.admitted_s = self._now_s
         self.metrics.num_recomputed_tokens += max(request.num_lost_tokens - request.num_computed_tokens, 0)
         request.num_lost_tokens = 0
         if request.first_scheduled_s is None:
@@ -333,7 +470,70 @@ class Scheduler(ABC):
             self.metrics.num_prompt_tokens += request.num_prompt_tokens
         return request
 
+    def room_for_prompts(self, decodes: list[Request], ongoing: list[Request]) -> int:
+        """Return how many tokens of prompts the token budget leaves beside `decodes`.
+
+        Args:
+            decodes: Of the step.
+            ongoing: Requests in prefill, which come first.
+        """
+        if self.config.token_budget != "auto":
+            return max(self.config.token_budget - len(decodes), 0)
+        assert self._pace is not None, "a budget of auto has a pace"
+        oldest = self._queue.oldest() if not ongoing else None
+        prompts = [oldest] if oldest is not None else ongoing
+        if not prompts or (not ongoing and len(self.running) >= self.config.max_num_seqs):
+            return 0
+        is_decoding = bool(decodes) or any(step.decodes or step.sampled_prefills for step in self._in_flight.values())
+        return self._pace.budget.room(decodes, prompts, now_s=self._now_s, is_decoding=is_decoding)
+
     # The rest is the base's own.
+
+    def _share_of_one(self, ongoing: list[Request], budget: int) -> int:
+        share = -(-budget // self.config.max_num_partial_prefills)
+        if self.config.token_budget == "auto" and share == budget and ongoing:
+            num_left = ongoing[0].num_tokens - ongoing[0].num_scheduled_tokens
+            if num_left > LONG_PROMPT_BUDGETS * budget:
+                return math.ceil(LONG_PROMPT_SHARE * budget)
+        return share
+
+    def _plan(self, now_s: float) -> StepPlan | None:
+        if len(self._in_flight) >= self._max_steps_in_flight:
+            return None
+        self._just_preempted = False
+        self._now_s = now_s
+        decodes, prefills = self.choose()
+        if not decodes and not prefills:
+            return None
+        self.newest_has_chunks = bool(prefills)
+        # The sort puts single tokens before longer chunks, as kernels take them together with the decodes.
+        prefills = dict(sorted(prefills.items(), key=_is_long))
+        sampled_prefills = [
+            request
+            for request, num_new in prefills.items()
+            if request.num_scheduled_tokens + num_new == request.num_tokens
+        ]
+        return StepPlan(self._num_steps, decodes, prefills, sampled_prefills)
+
+    def _launch(self, plan: StepPlan) -> None:
+        if self._pace is not None:
+            self._pace.submit(plan.decodes, plan.prefills, self._now_s)
+        for request in plan.decodes:
+            request.num_in_flight_tokens = 1
+        for request, num_new in plan.prefills.items():
+            request.num_in_flight_tokens += num_new
+        self._in_flight[plan.step_id] = plan
+        self._num_steps += 1
+        self.metrics.iteration_tokens.observe(plan.num_tokens)
+
+    def _observe_alike(self, decodes: list[Request], ends_s: Sequence[float]) -> None:
+        gaps = self.metrics.inter_token_latency_s
+        first_s = ends_s[0]
+        gaps.observe_all([first_s - request.last_token_s for request in decodes if request.last_token_s is not None])
+        if decodes:
+            for before_s, end_s in pairwise(ends_s):
+                gaps.observe_repeated(end_s - before_s, len(decodes))
+        self.metrics.num_generation_tokens += len(decodes) * len(ends_s)
 
     def _grow(self, request: Request) -> bool:
         while not self._blocks.grow(request, request.num_tokens):
@@ -352,13 +552,15 @@ class Scheduler(ABC):
 
     def _preempt(self, request: Request) -> None:
         assert not request.num_in_flight_tokens, f"{request} is in flight and cannot be preempted"
-        self._put_back(request)
+        self._put_back(request, "recompute")
         self.metrics.num_preemptions += 1
         request.num_preemptions += 1
         self._just_preempted = True
 
-    def _put_back(self, request: Request) -> None:
-        """Let a running request wait again, without its blocks."""
+    def _put_back(self, request: Request, cause: str) -> None:
+        """Let a running request wait again, without its blocks; `cause` is why its next token will be late."""
+        if self._pace is not None:
+            self._pace.interrupt(request, cause)
         self.running.remove(request)
         self._blocks.free(request)
         request.num_lost_tokens = request.num_computed_tokens
@@ -464,6 +666,8 @@ class Scheduler(ABC):
         del self._requests[request.request_id]
         if not self._queue.remove(request):
             self.running.remove(request)
+        if self._pace is not None:
+            self._pace.finish(request)
         if request.num_in_flight_tokens:
             request.is_aborted = True  # its blocks are written to until its steps return
         else:
@@ -483,7 +687,7 @@ class Scheduler(ABC):
             return f"the last stage returned a token outside of the vocabulary of {self._vocab_size}"
         return None
 
-    def _fail_some(self, step: _StepInFlight, errors: dict[int, str], now_s: float) -> list[RequestOutput]:
+    def _fail_some(self, step: StepPlan, errors: dict[int, str], now_s: float) -> list[RequestOutput]:
         """End the requests that failed by themselves. They are in flight still, so that the update drops the rest."""
         requests = [*step.decodes, *step.prefills]
         failed = {requests[index]: error for index, error in errors.items() if not requests[index].is_aborted}
@@ -494,7 +698,7 @@ class Scheduler(ABC):
             for request, error in failed.items()
         ]
 
-    def _fail_step(self, step: _StepInFlight, error: str, now_s: float) -> list[RequestOutput]:
+    def _fail_step(self, step: StepPlan, error: str, now_s: float) -> list[RequestOutput]:
         outputs = []
         for request, num_new in [*((request, 1) for request in step.decodes), *step.prefills.items()]:
             request.num_in_flight_tokens -= num_new
@@ -506,7 +710,7 @@ class Scheduler(ABC):
         return outputs
 
 
-def _attach_logprobs(outputs: list[RequestOutput], step: _StepInFlight, step_output: StepOutput) -> list[RequestOutput]:
+def _attach_logprobs(outputs: list[RequestOutput], step: StepPlan, step_output: StepOutput) -> list[RequestOutput]:
     samplers = [*step.decodes, *step.sampled_prefills]
     entry_of = {samplers[row].request_id: (entry,) for row, entry in step_output.logprobs.items()}
     return [

@@ -11,7 +11,7 @@ from tests.factories import make_request
 def compute(blocks: BlockManager, request: Request) -> None:
     """Admit `request` and pretend that all its tokens were computed."""
     prefix = blocks.find_prefix(request)
-    assert blocks.allocate(request, prefix, keep_watermark=False)
+    assert blocks.allocate(request, prefix, num_tokens=request.num_tokens, keep_watermark=False)
     request.num_computed_tokens = request.num_tokens
     blocks.share_computed(request, len(prefix) * blocks.block_size)
 
@@ -77,9 +77,9 @@ def test_an_allocation_that_does_not_fit_changes_nothing():
     blocks = BlockManager(4, block_size=4, watermark=0.25)
     request = make_request("a", prompt=16)
 
-    assert not blocks.allocate(request, [], keep_watermark=True)
+    assert not blocks.allocate(request, [], num_tokens=request.num_tokens, keep_watermark=True)
     assert request.block_table.tolist() == []
-    assert blocks.allocate(request, [], keep_watermark=False)
+    assert blocks.allocate(request, [], num_tokens=request.num_tokens, keep_watermark=False)
 
 
 def test_a_revived_block_does_not_count_as_free_for_the_same_request():
@@ -90,7 +90,7 @@ def test_a_revived_block_does_not_count_as_free_for_the_same_request():
     prefix = blocks.find_prefix(second)
 
     assert len(prefix) == 4
-    assert not blocks.allocate(second, prefix, keep_watermark=False)
+    assert not blocks.allocate(second, prefix, num_tokens=second.num_tokens, keep_watermark=False)
 
 
 def test_without_prefix_caching_nothing_is_shared():
@@ -106,7 +106,7 @@ def test_blocks_shared_later_are_shared_a_few_at_a_time_unless_given_back():
     blocks = BlockManager(16, block_size=4)
     requests = [make_request(f"request-{index}", prompt=[index] * 4) for index in range(4)]
     for request in requests:
-        assert blocks.allocate(request, [], keep_watermark=False)
+        assert blocks.allocate(request, [], num_tokens=request.num_tokens, keep_watermark=False)
         request.num_computed_tokens = 4
         blocks.share_later(request, 0)
     blocks.free(requests[0])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rayserve_sarathi.errors import SarathiError
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace, StepRecord
 
 TIMEOUT_S = 5.0
@@ -70,6 +71,12 @@ class ScriptedEngine:
 
     async def trace(self) -> list[PipelineTrace]:
         return [one_step_trace(pipeline) for pipeline in ("a", "b")]
+
+    async def why(self, request_id: str) -> list[LateReport]:
+        if request_id != "late":
+            return []
+        gaps = (LateGap(position=20, gap_s=0.4, cause="prefill", culprit="other-0"),)
+        return [LateReport(request_id="late-0", tbt_s=0.1, num_late={"prefill": 1, "bubble": 2}, gaps=gaps)]
 
     async def generate(
         self,

@@ -91,11 +91,23 @@ async def test_a_trace_is_that_of_all_pipelines(make_api):
     assert {event["pid"] for event in answer.json()["traceEvents"]} == {0, 1}
 
 
+async def test_why_tokens_were_late_is_told_to_admins_only(make_api):
+    api = make_api(config=IngressConfig(api_keys=("user",), admin_keys=("admin",)))
+    answer = await get(api.app, "/debug/why/late", headers={"authorization": "Bearer admin"})
+
+    responses.WhyResponse.model_validate(answer.json())
+    (request,) = answer.json()["requests"]
+    assert request["gaps"] == [{"position": 20, "gap_s": 0.4, "cause": "prefill", "culprit": "other-0"}]
+    assert (await get(api.app, "/debug/why/late", headers={"authorization": "Bearer user"})).status == 401
+    assert (await get(api.app, "/debug/why/x", headers={"authorization": "Bearer admin"})).json() == {"requests": []}
+
+
 async def test_the_schema_has_the_trace_only_where_there_is_one(make_api):
     api = make_api(config=IngressConfig(admin_keys=("admin",)))
     schema = (await get(api.app, "/openapi.json")).json()
 
     assert schema["paths"]["/debug/trace"]["get"]["security"] == [{"key": []}]
+    assert schema["paths"]["/debug/why/{request_id}"]["get"]["security"] == [{"key": []}]
     assert "security" not in schema
     assert "/debug/trace" not in (await get(make_api().app, "/openapi.json")).json()["paths"]
 

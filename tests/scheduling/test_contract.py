@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayserve_sarathi.config import SloConfig
 from rayserve_sarathi.request import FinishReason, Request
 from rayserve_sarathi.scheduling import SCHEDULERS
 from rayserve_sarathi.scheduling.base import Scheduler
@@ -12,6 +13,12 @@ from tests.factories import expected, make_request, make_scheduler
 from tests.scheduling.driver import Driver
 
 NUM_SLOTS = 48
+HYBRID = {"sarathi", "orca", "hybrid_only"}
+"""Policies that leave no decode out of a step; the others may compute prompts first."""
+BUDGETED = {"sarathi", "chunked_only"}
+"""Policies that keep the token budget; the others take whole prompts."""
+TARGETS_S = (None, 0.1, 1.5, 5.0)
+"""Of `token_budget: auto`, on a clock on which every step takes 1 s."""
 
 traffic = st.fixed_dictionaries(
     {
@@ -33,15 +40,21 @@ traffic = st.fixed_dictionaries(
             st.sampled_from(["add", "submit", "submit", "land", "land", "abort", "restart"]), max_size=80
         ),
         "seed": st.integers(0, 2**16),
+        "tbt_s": st.sampled_from(TARGETS_S),
     }
 )
 
 
-@pytest.mark.parametrize("policy", sorted(SCHEDULERS))
+@pytest.mark.parametrize(
+    ("policy", "is_auto"), [*((policy, False) for policy in sorted(SCHEDULERS)), ("sarathi", True)]
+)
 @given(case=traffic)
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_random_traffic(policy: str, case: dict):
+def test_random_traffic(policy: str, is_auto: bool, case: dict):
     case = dict(case)
+    case["slo"] = SloConfig(tbt_s=case.pop("tbt_s"))
+    if is_auto:
+        case |= {"token_budget": "auto", "max_num_batched_tokens": case["token_budget"]}
     requests, actions, seed = case.pop("requests"), case.pop("actions"), case.pop("seed")
     block_size = case["block_size"]
     num_blocks = -(-NUM_SLOTS // block_size)
@@ -66,7 +79,7 @@ def test_random_traffic(policy: str, case: dict):
         if action == "add" and waiting:
             driver.add(waiting.pop())
         elif action == "submit":
-            submit_and_check(driver, case["num_decode_groups"])
+            submit_and_check(driver, policy, case["num_decode_groups"])
         elif action == "land" and driver.num_in_flight:
             driver.land()
         elif action == "restart":
@@ -78,7 +91,7 @@ def test_random_traffic(policy: str, case: dict):
     while waiting:
         driver.add(waiting.pop())
     while scheduler.has_unfinished_requests:
-        while submit_and_check(driver, case["num_decode_groups"]):
+        while submit_and_check(driver, policy, case["num_decode_groups"]):
             pass
         driver.land()
     assert len(driver.steps) < 3000
@@ -96,7 +109,7 @@ def test_random_traffic(policy: str, case: dict):
     assert metrics.num_started == sum(metrics.num_finished.values()) == len(driver.tokens)
 
 
-def submit_and_check(driver: Driver, num_decode_groups: int) -> bool:
+def submit_and_check(driver: Driver, policy: str, num_decode_groups: int) -> bool:
     """Submit a step and hold it against the promises; return whether there was one."""
     scheduler = driver.scheduler
     running_before = list(scheduler.running)
@@ -119,13 +132,15 @@ def submit_and_check(driver: Driver, num_decode_groups: int) -> bool:
     chunks = step.num_scheduled_tokens
     decodes = {request.request_id for request in decoding} & set(chunks)
 
-    assert step.num_tokens <= max(scheduler.config.token_budget, len(decodes)), "the budget is not kept"
+    if policy in BUDGETED:
+        assert step.num_tokens <= max(scheduler.config.max_token_budget, len(decodes)), "the budget is not kept"
     assert len(scheduler.running) <= scheduler.config.max_num_seqs
     assert not decodes & in_flight, "a decode is in two steps in flight"
     running_after = {request.request_id for request in scheduler.running}
     assert not in_flight - running_after, "a request in flight was preempted"
 
-    assert_decodes_are_not_skipped(scheduler, decoding, in_flight, chunks, num_decode_groups)
+    if policy in HYBRID:
+        assert_decodes_are_not_skipped(scheduler, decoding, in_flight, chunks, num_decode_groups)
 
     half_prefilled = [
         request
@@ -134,15 +149,17 @@ def submit_and_check(driver: Driver, num_decode_groups: int) -> bool:
         and request.num_output_tokens == 0
         and request.num_preemptions == 0
     ]
-    assert len(half_prefilled) <= scheduler.config.max_num_partial_prefills
+    is_auto = scheduler.config.token_budget == "auto"
+    # A very long prompt leaves a share to one behind it.
+    assert len(half_prefilled) <= scheduler.config.max_num_partial_prefills + is_auto
     admitted = [request.order for request in scheduler.running if request not in running_before]
     still_queued = [request.order for request in queued_before if request.request_id not in running_after]
     preempted_now = [request.order for request in running_before if request.request_id not in running_after]
     assert not admitted or not preempted_now, "a request was admitted into the blocks of one that still needs them"
     assert max(admitted, default=-1) < min(still_queued, default=2**31), "a request was admitted before an older one"
-    if could_submit == 0 and running_before:
+    if policy in HYBRID and could_submit == 0 and running_before and not is_auto:
         oldest = running_before[0]
-        assert oldest.request_id in chunks or len(decodes) >= scheduler.config.token_budget, (
+        assert oldest.request_id in chunks or len(decodes) >= scheduler.config.max_token_budget, (
             "the oldest made no progress"
         )
     return True

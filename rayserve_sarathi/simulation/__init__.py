@@ -1,0 +1,1 @@
+"""A virtual clock around the scheduler: what an engine would do, without the engine."""

@@ -1,13 +1,13 @@
 """Write a benchmark's figures to the terminal and, if asked, to a JSON file, with the machine and the date."""
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
+
+from rayserve_sarathi.bench.machine import describe_machine
 
 Figure: TypeAlias = "float | int | str | Sequence[Figure] | Mapping[str, Figure]"
 
@@ -16,16 +16,8 @@ def write_report(figures: Mapping[str, Figure], *, path: Path | None) -> None:
     """Print `figures`, a line each; write them to `path` as well unless it is None."""
     sys.stdout.writelines(_lines("", figures))
     if path is not None:
-        report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **figures}
+        report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(), **figures}
         path.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def machine() -> str:
-    """Describe the processor and how much of it there is."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
 def _lines(name: str, figure: Figure) -> Iterator[str]:

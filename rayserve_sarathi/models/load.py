@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,14 @@ from rayserve_sarathi.registry import load
 _logger = logging.getLogger(__name__)
 
 
-def load_decoder(config: EngineConfig, info: ModelInfo, *, stage: int, tp: TensorParallel = SINGLE_RANK) -> Decoder:
+def load_decoder(
+    config: EngineConfig,
+    info: ModelInfo,
+    *,
+    stage: int,
+    tp: TensorParallel = SINGLE_RANK,
+    wrap_backend: Callable[[AttentionBackend], AttentionBackend] = lambda backend: backend,
+) -> Decoder:
     """Read the weights of a stage, fetching them if the model is a hub id, and build it.
 
     Args:
@@ -30,6 +38,7 @@ def load_decoder(config: EngineConfig, info: ModelInfo, *, stage: int, tp: Tenso
         info: Of the model, by `resolve_model(config)`.
         stage: Which of `config.pipeline_parallel_size` stages.
         tp: Which of `config.tensor_parallel_size` ranks, and the way to the others.
+        wrap_backend: Returns what stands between the layers and the attention backend.
 
     Raises:
         ConfigError: The weights are incomplete or damaged, or this machine lacks the device, or the model cannot be
@@ -41,7 +50,7 @@ def load_decoder(config: EngineConfig, info: ModelInfo, *, stage: int, tp: Tenso
     layers = stage_layers(info.decoder.num_hidden_layers, config.pipeline_parallel_size, stage)
     shard = shard_of(info.decoder, tp_rank=tp.tp_rank, tp_size=tp.tp_size)
     name = "torch" if config.attention_backend == "auto" else config.attention_backend
-    backend: AttentionBackend = load("attention backend", name, ATTENTION_BACKENDS)()
+    backend = wrap_backend(load("attention backend", name, ATTENTION_BACKENDS)())
 
     start_s = time.perf_counter()
     with torch.inference_mode():

@@ -1,0 +1,199 @@
+"""Times the parts of steps on a stage of a single rank that has the whole model."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rayserve_sarathi.config import EngineConfig
+from rayserve_sarathi.execution.model_input import build_model_input
+from rayserve_sarathi.execution.model_runner import ModelRunner
+from rayserve_sarathi.kernels.attention.backend import AttentionBackend
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
+from rayserve_sarathi.models.load import load_decoder
+from rayserve_sarathi.models.resolve import resolve_model
+from rayserve_sarathi.profiling.grid import make_step
+from rayserve_sarathi.step import StepInput
+
+_T = TypeVar("_T")
+
+_FILL_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Seconds of a step's parts; they are parts of what a `Stage` takes for it.
+
+    Args:
+        prepare_s: Tensors out of the message.
+        embed_s: Tokens looked up.
+        attention_s: Of all layers.
+        layers_s: What else the layers take.
+        sample_s: Head and sampler.
+    """
+
+    prepare_s: float
+    embed_s: float
+    attention_s: float
+    layers_s: float
+    sample_s: float
+
+    @property
+    def total_s(self) -> float:
+        """The step's time on the stage."""
+        return self.prepare_s + self.embed_s + self.attention_s + self.layers_s + self.sample_s
+
+
+class StageClock:
+    """The runner of a stage, and a clock that waits for its device.
+
+    Args:
+        config: One stage of one rank.
+        num_blocks: KV blocks; they are filled here, as untouched memory is faster to read.
+    """
+
+    def __init__(self, config: EngineConfig, *, num_blocks: int) -> None:
+        info = resolve_model(config)
+        self._backend: _TimedBackend | None = None
+        self._decoder = load_decoder(config, info, stage=0, wrap_backend=self._wrap)
+        self._runner = ModelRunner(self._decoder, num_blocks=num_blocks, block_size=config.block_size)
+        self._block_size = config.block_size
+        self._device = self._decoder.device
+        self.decoder_config = info.decoder
+        self.max_model_len = info.max_model_len
+        self.num_blocks = num_blocks
+        self._fill()
+
+    @property
+    def device(self) -> str:
+        """What it runs on, in words."""
+        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
+
+    @property
+    def dtype(self) -> str:
+        """Type of weights and KV."""
+        return str(self._decoder.dtype).removeprefix("torch.")
+
+    def measure(self, steps: Sequence[StepInput], *, repeats: int, note: Callable[[str], None]) -> list[StepTimes]:
+        """Run all steps several times over, and return the least of each part, to which others only add.
+
+        One after the other and all of them again, as what else runs on a machine comes in spells of seconds.
+
+        Args:
+            steps: What to run.
+            repeats: How often, after a first time that warms up.
+            note: Hears of each time.
+        """
+        for step in steps:
+            self._run(step)
+        times: list[list[StepTimes]] = [[] for _ in steps]
+        for number in range(repeats):
+            note(f"{len(steps)} steps, time {number + 1} of {repeats}")
+            for step, several in zip(steps, times, strict=True):
+                several.append(self._time(step))
+        return [_least_of(several) for several in times]
+
+    def _wrap(self, backend: AttentionBackend) -> AttentionBackend:
+        self._backend = _TimedBackend(backend, self._now_s)
+        return self._backend
+
+    def _run(self, step: StepInput) -> None:
+        hidden = self._runner.forward(step, None)
+        self._runner.sample(step, self._runner.logits(step, hidden))
+
+    def _time(self, step: StepInput) -> StepTimes:
+        assert self._backend is not None, "the decoder has asked for it"
+        prepare_s, model_input = self._timed(
+            lambda: build_model_input(step, block_size=self._block_size, device=self._device)
+        )
+        with torch.inference_mode():
+            embed_s, _ = self._timed(lambda: self._decoder.embed(model_input.token_ids))
+        # Waiting for the device around each attention would lengthen the rest, so the whole is timed by itself.
+        forward_s, hidden = self._timed(lambda: self._runner.forward(step, None))
+        sample_s, _ = self._timed(lambda: self._runner.sample(step, self._runner.logits(step, hidden)))
+        self._backend.is_timing = True
+        self._backend.seconds = 0.0
+        self._runner.forward(step, None)
+        self._backend.is_timing = False
+        attention_s = min(self._backend.seconds, forward_s)
+        return StepTimes(
+            prepare_s=prepare_s,
+            embed_s=embed_s,
+            attention_s=attention_s,
+            layers_s=max(0.0, forward_s - attention_s - prepare_s - embed_s),
+            sample_s=sample_s,
+        )
+
+    def _timed(self, run: Callable[[], _T]) -> tuple[float, _T]:
+        begin_s = self._now_s()
+        result = run()
+        return self._now_s() - begin_s, result
+
+    def _now_s(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _fill(self) -> None:
+        size = min(self.max_model_len, _FILL_TOKENS) // self._block_size * self._block_size or self._block_size
+        blocks_each = size // self._block_size
+        for first in range(0, self.num_blocks, blocks_each):
+            count = min(blocks_each, self.num_blocks - first)
+            step = make_step(
+                num_decodes=0,
+                decode_context=0,
+                chunks=((count * self._block_size, 0),),
+                block_size=self._block_size,
+                vocab_size=self.decoder_config.vocab_size,
+                first_block=first,
+            )
+            self._runner.forward(step, None)
+
+
+class _TimedBackend:
+    """A backend that sums up the time of attention while `is_timing`."""
+
+    def __init__(self, backend: AttentionBackend, now_s: Callable[[], float]) -> None:
+        self._backend = backend
+        self._now_s = now_s
+        self.is_timing = False
+        self.seconds = 0.0
+
+    def kv_cache_shape(self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
+        return self._backend.kv_cache_shape(
+            num_blocks=num_blocks, block_size=block_size, num_kv_heads=num_kv_heads, head_size=head_size
+        )
+
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, metadata: AttentionMetadata) -> None:
+        self._backend.write_kv(k, v, k_cache, v_cache, metadata=metadata)
+
+    def attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        begin_s = self._now_s() if self.is_timing else 0.0
+        out = self._backend.attention(
+            q, k_cache, v_cache, metadata=metadata, scale=scale, sliding_window=sliding_window
+        )
+        if self.is_timing:
+            self.seconds += self._now_s() - begin_s
+        return out
+
+
+def _least_of(times: list[StepTimes]) -> StepTimes:
+    return StepTimes(
+        prepare_s=min(each.prepare_s for each in times),
+        embed_s=min(each.embed_s for each in times),
+        attention_s=min(each.attention_s for each in times),
+        layers_s=min(each.layers_s for each in times),
+        sample_s=min(each.sample_s for each in times),
+    )

@@ -38,3 +38,5 @@ bench: install
 	.venv/bin/python benchmarks/step_log.py
 	.venv/bin/python benchmarks/transport.py
 	.venv/bin/python benchmarks/bubbles.py
+	.venv/bin/python benchmarks/simulator.py
+	.venv/bin/python benchmarks/paper.py --quick

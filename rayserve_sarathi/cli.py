@@ -1,46 +1,47 @@
-"""The `sarathi` command. What a sub-command needs is loaded when it runs, Ray above all."""
+"""The `sarathi` command. A sub-command's module is loaded when it is the one to run."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
 
-from rayserve_sarathi import trace_command
 from rayserve_sarathi.errors import SarathiError
-from rayserve_sarathi.registry import import_object
+
+COMMANDS = {
+    "doctor": ("doctor_command", "say whether a running Ray cluster can serve a deployment file"),
+    "bench": ("bench.bench_command", "put a load on a running server and tell how long its tokens took"),
+    "capacity": (
+        "bench.capacity_command",
+        "find the largest rate that a running server keeps up with, or with --hardware a simulated pipeline",
+    ),
+    "trace": ("trace_command", "fetch the last steps of a running server, to be seen in Perfetto"),
+    "why": ("why_command", "say why tokens of a request came later than slo.tbt_s"),
+    "predict": ("simulation.predict_command", "say how long steps take on named hardware, without running them"),
+    "simulate": ("simulation.simulate_command", "say what a pipeline would do with a workload, without the pipeline"),
+    "plan": ("simulation.plan_command", "choose parallelism, token budget and replicas for a rate and a target"),
+    "profile": ("profile_command", "measure how long steps take on this device, for predict, simulate and plan"),
+    "figures": ("simulation.figures_command", "draw the paper's figures for named hardware"),
+}
+"""By name: the module inside this package, with `add_arguments` and `run`; what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="sarathi", description="Tools for deployments of rayserve_sarathi.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_doctor(commands)
-    _add_trace(commands)
+    for name, (module, what) in COMMANDS.items():
+        command_parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        if name in argv[:1]:
+            is_simulated = name == "capacity" and any(word.partition("=")[0] == "--hardware" for word in argv)
+            if is_simulated:
+                module = "simulation.simulated_capacity_command"
+            command = import_module(f"rayserve_sarathi.{module}")
+            command.add_arguments(command_parser)
+            command_parser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except SarathiError as error:
         sys.stderr.write(f"sarathi: {error}\n")
         return 1
-
-
-def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="say whether a running Ray cluster can serve a deployment file")
-    parser.add_argument("file", metavar="FILE", help="a Serve config file, such as deployments/tiny.yaml")
-    parser.add_argument("--address", help="the cluster's; RAY_ADDRESS, or a cluster on this machine, if left out")
-    parser.add_argument("--gpu-memory-gib", type=float, help="memory of a GPU, where Ray's name for it does not say")
-    parser.add_argument("--json", action="store_true", help="write the report as JSON")
-    parser.set_defaults(
-        run=lambda arguments: import_object("rayserve_sarathi.actors.doctor:run")(
-            arguments.file,
-            address=arguments.address,
-            gpu_memory_gib=arguments.gpu_memory_gib,
-            is_json=arguments.json,
-        )
-    )
-
-
-def _add_trace(commands: Any) -> None:
-    parser = commands.add_parser("trace", help="fetch the last steps of a running server, to be seen in Perfetto")
-    trace_command.add_arguments(parser)
-    parser.set_defaults(run=trace_command.run)

@@ -14,17 +14,19 @@ PACKAGE = ROOT / "rayserve_sarathi"
 LAYERS = [
     {"cli"},
     {"actors"},
-    {"doctor", "llm", "trace_command"},
+    {"doctor", "llm", "doctor_command", "trace_command", "why_command", "profile_command"},
+    {"profiling"},
     {"deployment_file"},
-    {"openai", "local_engine"},
+    {"openai", "local_engine", "bench"},
     {"engine"},
+    {"simulation"},
     {"execution", "scheduling", "text", "routing", "placement_wait"},
     {"models", "kv", "placement"},
     {"config"},
     {"load_report", "tracing"},
-    {"metrics", "step_log"},
+    {"metrics", "step_log", "step_shape"},
     {"step", "stage_times"},
-    {"links", "request", "registry"},
+    {"admin_client", "links", "request", "registry"},
     {"errors", "kernels"},
 ]
 SIBLINGS_THAT_NEVER_MEET = [
@@ -89,10 +91,14 @@ def test_only_actors_know_ray(path: Path):
         "rayserve_sarathi.step",
         "rayserve_sarathi.metrics",
         "rayserve_sarathi.scheduling.sarathi",
+        "rayserve_sarathi.simulation.simulator",
+        "rayserve_sarathi.simulation.figures.session",
         "rayserve_sarathi.models.resolve",
         "rayserve_sarathi.engine",
+        "rayserve_sarathi.simulation.prediction",
         "rayserve_sarathi.execution.socket_pipeline",
         "rayserve_sarathi.openai.server",
+        "rayserve_sarathi.bench.session",
     ],
 )
 def test_pure_parts_load_neither_torch_nor_ray(module: str):

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from rayserve_sarathi import trace_command
 from rayserve_sarathi.config import IngressConfig
@@ -16,25 +15,17 @@ from rayserve_sarathi.openai.model_card import ModelCard
 from rayserve_sarathi.openai.server import build_app
 from rayserve_sarathi.text.tokenizer import Tokenizer
 from tests.openai.scripted_engine import ScriptedEngine
+from tests.served import served
 from tests.tokenizers_for_tests import byte_level_tokenizer
 
 
 @asynccontextmanager
-async def served(config: IngressConfig) -> AsyncIterator[str]:
+async def scripted_api(config: IngressConfig) -> AsyncIterator[str]:
     """Serve over a socket; yield the URL."""
     tokenizer = Tokenizer(byte_level_tokenizer())
     card = ModelCard(name="tiny", root="", max_model_len=64, vocab_size=300, created=0, eos_token_ids=frozenset({1}))
-    app = build_app(ScriptedEngine([5]), tokenizer, card, config)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
-    listener = server.config.bind_socket()
-    listener.listen()  # from here on a client may come, though the server begins only later
-    serving = asyncio.create_task(server.serve([listener]))
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await serving
-        listener.close()
+    async with served(build_app(ScriptedEngine([5]), tokenizer, card, config)) as url:
+        yield url
 
 
 async def command(*arguments: str) -> int:
@@ -45,7 +36,7 @@ async def command(*arguments: str) -> int:
 
 async def test_the_file_is_the_trace_of_the_server(tmp_path: Path, capsys):
     output = tmp_path / "trace.json"
-    async with served(IngressConfig(api_keys=("user",), admin_keys=("admin",))) as url:
+    async with scripted_api(IngressConfig(api_keys=("user",), admin_keys=("admin",))) as url:
         status = await command("--url", f"{url}/", "--key", "admin", "--output", str(output))
 
     assert status == 0
@@ -59,7 +50,7 @@ async def test_the_file_is_the_trace_of_the_server(tmp_path: Path, capsys):
 
 async def test_a_key_that_opens_other_routes_is_refused_and_writes_nothing(tmp_path: Path, capsys):
     output = tmp_path / "trace.json"
-    async with served(IngressConfig(api_keys=("user",), admin_keys=("admin",))) as url:
+    async with scripted_api(IngressConfig(api_keys=("user",), admin_keys=("admin",))) as url:
         assert await command("--url", url, "--key", "user", "--output", str(output)) == 1
 
     assert "does not take this key (401); use one of the server's ingress.admin_keys" in capsys.readouterr().err
@@ -67,7 +58,7 @@ async def test_a_key_that_opens_other_routes_is_refused_and_writes_nothing(tmp_p
 
 
 async def test_a_server_without_admin_keys_has_no_trace(tmp_path: Path, capsys):
-    async with served(IngressConfig()) as url:
+    async with scripted_api(IngressConfig()) as url:
         assert await command("--url", url, "--key", "any", "--output", str(tmp_path / "trace.json")) == 1
 
     assert "only if ingress.admin_keys is set" in capsys.readouterr().err
@@ -75,7 +66,7 @@ async def test_a_server_without_admin_keys_has_no_trace(tmp_path: Path, capsys):
 
 async def test_the_key_may_come_from_the_environment(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "trace.json"
-    async with served(IngressConfig(admin_keys=("admin",))) as url:
+    async with scripted_api(IngressConfig(admin_keys=("admin",))) as url:
         monkeypatch.delenv("SARATHI_ADMIN_KEY", raising=False)
         assert await command("--url", url, "--output", str(output)) == 1
         assert (
@@ -114,7 +105,7 @@ async def test_no_server_is_an_error_in_a_line(tmp_path: Path, capsys):
 
 
 async def test_a_file_that_cannot_be_written_is_an_error_in_a_line(tmp_path: Path, capsys):
-    async with served(IngressConfig(admin_keys=("admin",))) as url:
+    async with scripted_api(IngressConfig(admin_keys=("admin",))) as url:
         assert await command("--url", url, "--key", "admin", "--output", str(tmp_path / "none" / "trace.json")) == 1
 
     assert "No such file or directory" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from rayserve_sarathi import trace_command
+from rayserve_sarathi import cli
 from tests.actors.clients import MAX_TOKENS, PROMPTS, complete, stream
 from tests.actors.cluster import Server, serve_run
 
@@ -177,9 +177,14 @@ def test_the_start_tells_how_long_each_phase_took(server: Server):
         assert re.search(rf"{phase}.* \d+\.\d s", server.log), f"{phase} is not in the log"
 
 
-async def test_an_admin_gets_every_step_of_each_stage(server: Server, client: openai.AsyncOpenAI):
+async def test_an_admin_gets_every_step_of_each_stage(server: Server, client: openai.AsyncOpenAI, tmp_path: Path):
     await complete(client, PROMPTS[1])
-    events = json.loads(await asyncio.to_thread(trace_command.fetch, server.url, "admin"))["traceEvents"]
+    output = tmp_path / "trace.json"
+    status = await asyncio.to_thread(
+        cli.main, ["trace", "--url", server.url, "--key", "admin", "--output", str(output)]
+    )
+    assert status == 0
+    events = json.loads(output.read_text())["traceEvents"]
 
     tracks = [event["tid"] for event in events if event["ph"] == "X" and event["name"] != "unpack"]
     assert tracks.count(1) == tracks.count(2) >= MAX_TOKENS

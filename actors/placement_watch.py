@@ -65,6 +65,10 @@ class PlacementWatch:
     def _look(self) -> tuple[dict[str, list[int]], int, str | None]:
         """Return which groups wait, for which bundles; how many have their place; why the waiting ones have none."""
         groups = [group for group in placement_group_table().values() if group["name"].startswith(self._prefix)]
+        num_placed = sum(group["state"] == "CREATED" for group in groups)
+        groups = [group for group in groups if group["state"] in ("PENDING", "RESCHEDULING")]
+        if not groups:
+            return {}, num_placed, None
         nodes = cluster_nodes()
         node_ids = {node.node_id for node in nodes}
         waiting = {
@@ -72,9 +76,7 @@ class PlacementWatch:
                 index for index, node_id in group["bundles_to_node_id"].items() if node_id not in node_ids
             ]
             for group in groups
-            if group["state"] in ("PENDING", "RESCHEDULING")
         }
-        num_placed = sum(group["state"] == "CREATED" for group in groups)
         return waiting, num_placed, explain_waiting(self._config, list(waiting.values()), nodes)
 
     def _log(self) -> None:

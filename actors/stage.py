@@ -76,7 +76,7 @@ class StageActor:
             tp_size=self._config.tensor_parallel_size,
             meeting_timeout_s=self._config.placement_timeout_s,
             timeout_s=self._config.step_timeout_s,
-            device=import_object("torch:device")(self._config.device),
+            device=import_object("rayserve_sarathi.models.load:resolve_device")(self._config),
         )
         stage: Stage = import_object("rayserve_sarathi.execution.stage:Stage")(
             self._config, index=self._index, tp=tp, on_leave=self._end_soon if self._config.device == "cuda" else None
@@ -157,7 +157,7 @@ class StageActor:
             is_sender=is_sender,
             meeting_timeout_s=self._config.placement_timeout_s,
             timeout_s=self._config.step_timeout_s,
-            device=import_object("torch:device")(self._config.device),
+            device=import_object("rayserve_sarathi.models.load:resolve_device")(self._config),
         )
         return path
 

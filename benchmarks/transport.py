@@ -238,7 +238,7 @@ def measure_encoding() -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, message in (("step_input", step), ("hidden_512k", small), ("hidden_8m", large), ("step_output", output)):
         num_times = NUM_ENCODE if message is not large else NUM_ENCODE // 20
-        frame = b"".join(encode(pack_any(message)).pieces)
+        frame = b"".join(encode(pack_any(message)))
         header_bytes = PREFIX.unpack_from(frame)[1]
         block = np.frombuffer(bytearray(frame[PREFIX.size :]), np.uint8)
         pickled = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)

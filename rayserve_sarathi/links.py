@@ -31,7 +31,8 @@ class LinkSpeed:
 @contextmanager
 def listen(host: str, *, timeout_s: float) -> Iterator[int]:
     """Answer `probe` on a free port of `host`, which is yielded. A client that stalls is left after `timeout_s`."""
-    with socket.create_server((host, 0)) as listener:
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    with socket.create_server((host, 0), family=family) as listener:
         accepting = threading.Thread(target=_accept, args=(listener, timeout_s), name="links", daemon=True)
         accepting.start()
         yield int(listener.getsockname()[1])

@@ -50,11 +50,6 @@ class ModelRunner:
         self._kv_caches = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
 
     @property
-    def is_first(self) -> bool:
-        """Whether this stage embeds the step's tokens."""
-        return self._decoder.is_first
-
-    @property
     def is_last(self) -> bool:
         """Whether this stage samples."""
         return self._decoder.is_last

@@ -46,7 +46,7 @@ class SocketEndpoint:
             self._epoch = step.epoch
             self._due.clear()
         self._due.append(step.step_id)
-        pieces = encode(step).pieces
+        pieces = encode(step)
         for link in self._inputs:
             link.write(pieces)
 

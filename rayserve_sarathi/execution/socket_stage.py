@@ -238,15 +238,7 @@ class SocketStage:
             logger.error("%s: step %d cannot be sent: %s", self._name, output.step_id, error)
             fault = StepFault(message=f"{self._name}: {error}", stage=self._stage.index)
             token_ids = np.empty(0, dtype=np.int32)
-            return encode(
-                StepOutput(
-                    step_id=output.step_id,
-                    epoch=output.epoch,
-                    token_ids=token_ids,
-                    timings=output.timings,
-                    fault=fault,
-                )
-            )
+            return encode(replace(output, token_ids=token_ids, logprobs={}, prompt_logprobs={}, errors={}, fault=fault))
 
     def _send(self, downstream: Connection) -> None:
         """Send what is computed, while the next step is."""

@@ -64,7 +64,7 @@ class Connection:
         Raises:
             OSError: The connection is closed.
         """
-        pieces = [memoryview(piece) for piece in frame.pieces]
+        pieces = [memoryview(piece) for piece in frame]
         while pieces:
             num_bytes = self._socket.sendmsg(pieces[:_MAX_PIECES])
             while pieces and num_bytes >= len(pieces[0]):

@@ -50,6 +50,9 @@ class Stage:
         index: Which stage, from 0.
         tp: Which of its `tensor_parallel_size` ranks, and the way to the others.
         on_leave: Called each time that a fault has made this rank leave the others; None where they notice it.
+
+    Raises:
+        ConfigError: The model cannot be found, or cannot do what is asked for.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Stage:
         on_leave: Callable[[], None] | None = None,
     ) -> None:
         self._config = config
+        self._info = resolve_model(config)
         self._index = index
         self._tp = tp
         self._on_leave = on_leave
@@ -78,7 +82,7 @@ class Stage:
         Raises:
             ConfigError: They are not to be had.
         """
-        self._decoder = load_decoder(self._config, resolve_model(self._config), stage=self._index, tp=self._tp)
+        self._decoder = load_decoder(self._config, self._info, stage=self._index, tp=self._tp)
 
     def fit(self) -> int:
         """Return how many KV blocks there is room for, once all stages of this machine are loaded.
@@ -87,7 +91,7 @@ class Stage:
             ConfigError: Too few for the longest request.
         """
         assert self._decoder is not None, "load comes before fit"
-        return fit_num_blocks(self._config, resolve_model(self._config), self._decoder)
+        return fit_num_blocks(self._config, self._info, self._decoder)
 
     def start(self, num_blocks: int) -> None:
         """Allocate the KV cache."""
@@ -107,7 +111,7 @@ class Stage:
 
         Args:
             message: The step, and what the stages before made of it.
-            receive_s: When the message had arrived; None for now.
+            receive_s: When the message had arrived; None if it has just arrived.
         """
         runner = self._runner
         assert runner is not None, "start comes before the first step"

@@ -59,17 +59,8 @@ Message = StepInput | RelayedStep | StepOutput
 _CODECS = {cls.__name__: make_codec(cls, where=cls.__name__) for cls in (StepInput, RelayedStep, StepOutput)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
-    """A message, ready to be sent.
-
-    Args:
-        pieces: To be sent one after the other. Large arrays are views, and must not change until they are sent.
-        num_bytes: Of all pieces.
-    """
-
-    pieces: tuple[bytes | bytearray | memoryview, ...]
-    num_bytes: int
+Frame = tuple[bytes | bytearray | memoryview, ...]
+"""A message, to be sent piece by piece. Large arrays are views, and must not change until they are sent."""
 
 
 def encode(message: Message) -> Frame:
@@ -91,10 +82,9 @@ def encode(message: Message) -> Frame:
         raise WireError(f"the header of a {name} has {len(header)} bytes; the most are {MAX_HEADER_BYTES}")
     pieces = body.pieces()
     head = PREFIX.pack(_MAGIC, len(header), body.num_bytes) + header
-    num_bytes = len(head) + body.num_bytes
     if pieces and isinstance(pieces[0], bytearray):
         head += pieces.pop(0)
-    return Frame(pieces=(head, *pieces), num_bytes=num_bytes)
+    return (head, *pieces)
 
 
 class FrameReader:

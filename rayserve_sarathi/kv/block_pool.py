@@ -32,10 +32,6 @@ class BlockPool:
         """Blocks that no request holds."""
         return len(self._empty) + len(self._named_free)
 
-    def num_references(self, block: int) -> int:
-        """How many requests hold `block`."""
-        return self._num_references[block]
-
     def allocate(self) -> int:
         """Take a free block, forgetting its name; there must be one."""
         if self._empty:

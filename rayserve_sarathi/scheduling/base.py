@@ -253,13 +253,10 @@ class Scheduler(ABC):
 
     # For its owner again.
 
-    def restart(self) -> int:
+    def restart(self) -> None:
         """Begin a new epoch: the pipeline was rebuilt, and with it all KV and every step in flight is gone.
 
         What ran waits again, in order of arrival, and is computed anew.
-
-        Returns:
-            The new epoch, that of all steps from now on.
         """
         for step in self._in_flight.values():
             for request in (*step.decodes, *step.prefills):
@@ -273,7 +270,6 @@ class Scheduler(ABC):
             self._put_back(request, "rebuild")
         self._blocks.forget_content()
         self.epoch += 1
-        return self.epoch
 
     @property
     def has_unfinished_requests(self) -> bool:

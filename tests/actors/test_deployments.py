@@ -3,7 +3,6 @@
 One cluster of two nodes serves them one after another, deployed as `serve deploy` does.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -216,9 +215,6 @@ def test_a_file_starts_with_its_parallelism_and_answers(cluster: TwoNodes, tmp_p
     assert answer["usage"]["completion_tokens"] == 3
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("rayserve_sarathi.actors.autoscaling") is None, reason="the policy is not there yet"
-)
 def test_autoscaling_starts_a_pipeline_for_the_first_request(cluster: TwoNodes):
     application = read_file("autoscaling.yaml")["applications"][0]
     answer = complete(cluster, application)

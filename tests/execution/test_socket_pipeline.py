@@ -23,7 +23,7 @@ from rayserve_sarathi.execution.socket_pipeline import SocketEndpoint, open_endp
 from rayserve_sarathi.execution.socket_stage import SocketStage
 from rayserve_sarathi.execution.sockets import Connection, Listener, connect
 from rayserve_sarathi.execution.stage import StageMessage
-from rayserve_sarathi.execution.wire import MAX_HEADER_BYTES, Frame, Message, RelayedStep, encode
+from rayserve_sarathi.execution.wire import MAX_HEADER_BYTES, Message, RelayedStep, encode
 from rayserve_sarathi.request import RequestOutput, SamplingParams
 from rayserve_sarathi.step import StageTiming, StepFault, StepInput, StepOutput
 from tests.execution.wired import HOST, TIMEOUT_S, make_stages, make_steps, wired
@@ -199,7 +199,7 @@ class Neighbours:
             self._before.send(encode(message))
 
     def send_bytes(self, data: bytes) -> None:
-        self._before.send(Frame(pieces=(data,), num_bytes=len(data)))
+        self._before.send((data,))
 
     def leave(self) -> None:
         self._before.shut_down()
@@ -374,7 +374,7 @@ class LastStage:
             self._output.send(encode(message))
 
     def send_bytes(self, data: bytes) -> None:
-        self._output.send(Frame(pieces=(data,), num_bytes=len(data)))
+        self._output.send((data,))
 
 
 @contextlib.asynccontextmanager

@@ -71,7 +71,7 @@ def test_a_message_larger_than_all_buffers_arrives_while_its_sender_waits(listen
 def test_a_frame_of_many_pieces_arrives(listener: Listener):
     # More pieces than the kernel takes at a time.
     frame = encode(STEP)
-    many = type(frame)(pieces=frame.pieces * 3000, num_bytes=frame.num_bytes * 3000)
+    many = frame * 3000
     with connected(listener) as (ours, theirs), ThreadPoolExecutor(1) as thread:
         thread.submit(ours.send, many)
 
@@ -90,7 +90,7 @@ def test_the_end_of_a_connection_is_not_a_message(listener: Listener):
 def test_the_end_of_a_connection_within_a_message_is_an_error(listener: Listener):
     with connected(listener) as (ours, theirs):
         frame = encode(STEP)
-        ours.send(type(frame)(pieces=(b"".join(frame.pieces)[:-1],), num_bytes=frame.num_bytes - 1))
+        ours.send((b"".join(frame)[:-1],))
         ours.close()
 
         with pytest.raises(WireError, match="closed the connection within a message"):

@@ -14,7 +14,7 @@ from rayserve_sarathi.step import StageTiming
 
 _FIRST_MARGIN = 1.1
 _MIN_MARGIN, _MAX_MARGIN = 0.9, 4.0
-_MARGIN_RATE = 0.05
+_MARGIN_RATE = 0.02
 """By how much a step that takes too long raises the margin."""
 _NUM_LEARNING = 16
 """Steps whose errors say more about the prior than about the device."""

@@ -2,7 +2,9 @@
 
 The time of a step is taken for a sum of parts, none of which is negative: a constant; the linear layers, flat in the
 number of tokens up to a knee and linear beyond it (Sarathi-Serve, OSDI'24, section 3.1), which hinges at a few numbers
-of tokens approximate; the decodes; the KV that is read; and the attention of chunks. So a prediction never falls as
+of tokens approximate; the decodes; the KV that is read; and the attention of chunks. A device computes whole tiles of
+tokens, and so many of them at once: with a few tiles more the last round may be nearly empty, so that five of them take
+as long as six. So a factor is learnt for each number of tiles. With the same number, a prediction never falls as
 tokens are added.
 
 The parts are fitted by least squares of relative errors, with older steps forgotten, under the condition that none is
@@ -26,6 +28,12 @@ import numpy.typing as npt
 
 from rayserve_sarathi.step_shape import StepShape, StepTimeModel
 
+TILE = 128
+"""Tokens that a matrix product computes at once: a step of one more costs a whole tile more."""
+_NUM_FACTORS = 65
+"""Numbers of tiles with a factor of their own; those above share the last."""
+_MAX_FACTOR = 4 / 3
+"""What a tile too many costs at most; the rest of an error is not the tiles'."""
 _KNOTS = (64, 128, 256, 512, 1024)
 """Numbers of tokens at which the linear layers' time per token may begin to grow."""
 _NUM_PARTS = 5 + len(_KNOTS)
@@ -85,6 +93,7 @@ class FittedStepTime:
         self._log_ratios: deque[float] = deque(maxlen=_MEMORY_STEPS)
         self._log_scale = 0.0
         self._prior = _PRIOR_STEPS * np.mean([_equations(load, time_s, time_s) for load, time_s in prior], axis=0)
+        self._factors = [_Factor() for _ in range(_NUM_FACTORS)]
         self._sizes = np.zeros((_NUM_SIZES, _NUM_PARTS, _NUM_PARTS + 1))
         self._parts = [0.0] * _NUM_PARTS
         for _ in range(200):
@@ -93,7 +102,7 @@ class FittedStepTime:
 
     def predict_s(self, load: StepLoad) -> float:
         """Return the time of a step."""
-        return _sum_of(self._parts, load)
+        return _sum_of(self._parts, load) * self._factor(load).value
 
     def observe(self, load: StepLoad, time_s: float) -> None:
         """Learn from a step that took `time_s`, which is above 0."""
@@ -113,6 +122,7 @@ class FittedStepTime:
         equations[:, :-1] /= scale
         equations += self._sizes.sum(axis=0)
         _solve(self._parts, equations)
+        self._factor(load).learn(time_s / _sum_of(self._parts, load))
 
     @property
     def knee(self) -> float:
@@ -120,10 +130,29 @@ class FittedStepTime:
         per_token_s = self._parts[1] + sum(self._parts[5:])
         return self._parts[0] / per_token_s if per_token_s > 0 else math.inf
 
+    def _factor(self, load: StepLoad) -> "_Factor":
+        return self._factors[min(-(-load.num_tokens // TILE), _NUM_FACTORS - 1)]
+
     def _observe_scale(self, load: StepLoad, time_s: float) -> None:
         """Learn by which factor the prior is wrong: the median of the last steps, so that a slow first one is none."""
         self._log_ratios.append(math.log(time_s / _sum_of(self._prior_parts, load)))
         self._log_scale = sorted(self._log_ratios)[(len(self._log_ratios) - 1) // 2]
+
+
+class _Factor:
+    """By how many times as long steps of one number of tiles take than the sum of the parts says."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._weight = 0.0
+        self._sum = 0.0
+
+    def learn(self, ratio: float) -> None:
+        if not 1 / _MAX_FACTOR < ratio < _MAX_FACTOR:
+            return
+        self._weight += 1 - self._weight / _MEMORY_STEPS
+        self._sum += math.log(ratio) - self._sum / _MEMORY_STEPS
+        self.value = math.exp(self._sum / (self._weight + _PRIOR_STEPS))
 
 
 def prior_times(model: StepTimeModel | None) -> list[tuple[StepLoad, float]]:

@@ -2,8 +2,10 @@
 
 With a target for the time between tokens, the most with which every decode is expected to have its next token within
 the target of its last one, as the paper counts it: every gap between two tokens of a request. Deadlines per request and
-a prediction per step instead of one number for all is the idea of QoServe and FairBatching. Without a target, as many
-tokens as use the device well: the knee of the step-time curve (Sarathi-Serve, OSDI'24, section 4.3).
+a prediction per step instead of one number for all is the idea of QoServe and FairBatching. But no more than use the
+device well: beyond that, decodes would only wait longer, and hold their KV blocks and their places longer.
+
+Without a target, the knee of the step-time curve (Sarathi-Serve, OSDI'24, section 4.3).
 """
 
 import logging
@@ -13,17 +15,19 @@ from collections.abc import Sequence
 from rayserve_sarathi.config import SloConfig
 from rayserve_sarathi.request import Request
 from rayserve_sarathi.scheduling.forecast import StepForecast
-from rayserve_sarathi.scheduling.step_time import StepLoad, attention_work
+from rayserve_sarathi.scheduling.step_time import TILE, StepLoad, attention_work
 
 logger = logging.getLogger(__name__)
 
-TILE = 128
-"""Tokens that a matrix product computes at once: a step of one more costs a whole tile more."""
 LONG_PROMPT_BUDGETS = 8
 """A prompt that fills more than so many steps leaves a share to the prompts behind it."""
 LONG_PROMPT_SHARE = 0.75
 _IDLE_TARGETS = 4.0
 """A step without decodes may take so many times the target: no token is late, but who arrives waits for it."""
+_GOOD_SPEED = 0.95
+"""A step is large enough if it computes this share of the tokens a second that any within the target would."""
+_LOOK_AHEAD_TILES = 2
+"""So many tiles more may take less time than these."""
 _CROWDED_STEPS = 8
 """Where the decodes alone exceed the target, one step in so many computes a tile of a prompt."""
 _EVENNESS = 1.5
@@ -89,7 +93,8 @@ class AutoBudget:
             candidates = [
                 (request.num_tokens - request.num_scheduled_tokens, request.num_scheduled_tokens) for request in prompts
             ]
-            room = self._round(self._largest(load, candidates, limit_s, most), num_decodes)
+            room = self._largest(load, candidates, limit_s, most)
+            room = self._well_used(room, num_decodes) if is_decoding else self._in_tiles(room, num_decodes)
             room = self._keep_moving(room, load, most, self._tbt_s)
         self._mean_tokens += (num_decodes + room - self._mean_tokens) / _MEAN_STEPS
         return room
@@ -131,12 +136,31 @@ class AutoBudget:
                 low = middle
             else:
                 high = middle - 1
+        whole = self._in_tiles(low, load.num_tokens)
+        for more in range(TILE, (_LOOK_AHEAD_TILES + 1) * TILE, TILE):
+            if whole + more <= most and predict_s(_with_chunks(load, candidates, whole + more)) <= limit_s:
+                low = whole + more
         return low
 
-    def _round(self, room: int, num_decodes: int) -> int:
+    def _in_tiles(self, room: int, num_decodes: int) -> int:
         """Round the whole step down to tiles, if a tile or more is left of the room."""
         rounded = (num_decodes + room) // TILE * TILE - num_decodes
         return rounded if rounded > 0 else room
+
+    def _well_used(self, room: int, num_decodes: int) -> int:
+        """Return the least room, no more than `room` and the whole step in tiles, with which the device is used well.
+
+        Measured by the linear layers alone: the longer steps are, the more decodes run at once, so larger steps do not
+        save any of the decodes' own time.
+        """
+        fewest, most = -(-(num_decodes + TILE // 2) // TILE), (num_decodes + room) // TILE
+        if fewest >= most:
+            return self._in_tiles(room, num_decodes)
+        predict_s = self._forecast.step_time.predict_s
+        speeds = [tiles / predict_s(StepLoad(tiles * TILE, 0, 0, 0.0)) for tiles in range(fewest, most + 1)]
+        good = _GOOD_SPEED * max(speeds)
+        tiles = next(tiles for tiles, speed in enumerate(speeds, fewest) if speed >= good)
+        return tiles * TILE - num_decodes
 
     def _keep_moving(self, room: int, load: StepLoad, most: int, tbt_s: float) -> int:
         """Return `room`, or a little more where prompts have had none for long."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayserve_sarathi.scheduling.step_time import FittedStepTime, StepLoad, load_of, prior_times
+from rayserve_sarathi.scheduling.step_time import TILE, FittedStepTime, StepLoad, load_of, prior_times
 from rayserve_sarathi.step_shape import StepShape
 from tests.scheduling.true_times import ImaginedDevice, WrongModel
 
@@ -43,15 +43,16 @@ def test_it_converges_in_some_tens_of_steps_from_any_prior(prior: WrongModel | N
 
 
 @pytest.mark.parametrize("prior", PRIORS)
-def test_more_tokens_or_context_never_take_less(prior: WrongModel | None):
+def test_more_tokens_of_as_many_tiles_or_more_context_never_take_less(prior: WrongModel | None):
     fitted, _ = fit(prior, 40)
 
     for num_decodes in (0, 16, 200):
         for context_tokens, work in ((0, 0.0), (100_000, 1e6)):
-            loads = [StepLoad(num_decodes + extra, num_decodes, context_tokens, work) for extra in range(1, 3000, 7)]
-            times_s = [fitted.predict_s(load) for load in loads]
-            assert times_s == sorted(times_s)
-            assert times_s[0] > 0
+            for tiles in range(2, 24):
+                sizes = range((tiles - 1) * TILE + 1, tiles * TILE + 1, 7)
+                times_s = [fitted.predict_s(StepLoad(size, num_decodes, context_tokens, work)) for size in sizes]
+                assert times_s == sorted(times_s)
+                assert times_s[0] > 0
     base = StepLoad(100, 50, 10_000, 1e5)
     for more in (base._replace(context_tokens=20_000), base._replace(chunk_work=1e6), base._replace(num_decodes=60)):
         assert fitted.predict_s(more) >= fitted.predict_s(base)
@@ -98,6 +99,22 @@ def test_what_prompts_cost_is_remembered_through_a_thousand_decode_steps():
 
     mixed = StepShape(num_decodes=30, decode_context_tokens=60_000, chunks=((700, 1000),), num_samples=30)
     assert fitted.predict_s(load_of(mixed)) == pytest.approx(device(mixed)[0], rel=0.15)
+
+
+def test_what_a_number_of_tiles_takes_beyond_the_sum_is_learnt():
+    device, fitted = ImaginedDevice(), FittedStepTime(prior_times(None))
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        tiles = int(rng.integers(3, 10))
+        (time_s,) = device(shape_of_tiles(6 if tiles == 5 else tiles))
+        fitted.observe(load_of(shape_of_tiles(tiles)), time_s)
+
+    five_s, six_s = (fitted.predict_s(load_of(shape_of_tiles(tiles))) for tiles in (5, 6))
+    assert five_s == pytest.approx(six_s, rel=0.03)
+
+
+def shape_of_tiles(tiles: int) -> StepShape:
+    return StepShape(num_decodes=0, decode_context_tokens=0, chunks=((tiles * TILE, 0),), num_samples=0)
 
 
 def test_the_knee_is_where_tokens_take_as_long_as_the_rest():

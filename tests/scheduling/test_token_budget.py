@@ -1,7 +1,8 @@
 """`token_budget: auto`: every gap within the target, nobody starves, and as fast as the best fixed budget."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from rayserve_sarathi.config import SloConfig
 from rayserve_sarathi.request import Request
 from rayserve_sarathi.scheduling.token_budget import TILE
+from rayserve_sarathi.step_shape import StepShape
 from tests.factories import make_request, make_scheduler
 from tests.scheduling.true_times import ImaginedDevice, WrongModel
-from tests.scheduling.virtual_run import VirtualRun, run_virtually
+from tests.scheduling.virtual_run import TrueTimes, VirtualRun, run_virtually
 
 
 def chat_requests(num_requests: int, *, rate: float) -> list[Request]:
@@ -33,7 +35,7 @@ def serve(
     *,
     tbt_s: float | None = 0.1,
     num_stages: int = 1,
-    slowness: float = 1.0,
+    device: TrueTimes | None = None,
     **options: Any,
 ) -> VirtualRun:
     scheduler = make_scheduler(
@@ -49,9 +51,7 @@ def serve(
         num_decode_groups=num_stages,
         **options,
     )
-    return run_virtually(
-        scheduler, list(requests), ImaginedDevice(num_stages=num_stages, noise=0.03, slowness=slowness)
-    )
+    return run_virtually(scheduler, list(requests), device or ImaginedDevice(num_stages=num_stages, noise=0.03))
 
 
 @pytest.mark.parametrize("prior", [WrongModel(0.5), WrongModel(2.0), None])
@@ -91,8 +91,51 @@ def test_the_budget_is_larger_when_nothing_decodes():
 def test_steps_are_whole_tiles_where_there_is_room():
     run = serve("auto", chat_requests(40, rate=100))
 
-    full = [num_tokens for num_tokens in run.num_tokens if num_tokens > 4 * TILE]
+    full = [num_tokens for num_tokens in run.num_tokens if num_tokens > 2 * TILE]
     assert sum(num_tokens % TILE == 0 for num_tokens in full) > 0.8 * len(full)
+
+
+def test_a_loose_target_makes_no_steps_larger_than_it_takes():
+    loose = serve("auto", chat_requests(100, rate=100), tbt_s=1.0)
+
+    fastest_s = min(serve(budget, chat_requests(100, rate=100), tbt_s=None).end_s for budget in (512, 1024, 2048))
+    assert loose.end_s < 1.05 * fastest_s
+    assert loose.gap_quantile_s(0.99) < 0.1
+
+
+class TokensAlone(WrongModel):
+    """A device on which nothing is saved by large steps."""
+
+    def stage_times_s(self, shape: StepShape) -> Sequence[float]:
+        """See `StepTimeModel`."""
+        return [1e-4 * shape.num_tokens]
+
+    def cpu_s(self, shape: StepShape) -> float:
+        """See `StepTimeModel`."""
+        return 0.0
+
+
+def test_many_decodes_leave_prompts_half_a_tile():
+    decoding = [make_request(str(index), prompt=[1], max_tokens=300) for index in range(TILE - 1)]
+    late = make_request("late", prompt=[1] * 10_000, max_tokens=2, arrival_s=1.0)
+    model = TokensAlone(1.0)
+
+    run = serve("auto", [*decoding, late], max_num_seqs=TILE, device=model.stage_times_s, prior=model)
+
+    assert run.first_tokens_s["late"] < run.end_s - 1.0  # by when the others have ended
+
+
+def test_numbers_of_tiles_that_take_as_long_as_more_are_left_out():
+    device = ImaginedDevice(noise=0.01)
+
+    def in_waves(shape: StepShape) -> list[float]:
+        # Two tiles at once.
+        return device(replace(shape, chunks=((-(-shape.num_tokens // 256) * 256 - shape.num_decodes, 0),)))
+
+    run = serve("auto", chat_requests(100, rate=100), tbt_s=0.06, device=in_waves)
+
+    full = [-(-num_tokens // TILE) for num_tokens in run.num_tokens[100:] if num_tokens > TILE]
+    assert sum(tiles % 2 == 0 for tiles in full) > 0.8 * len(full)
 
 
 def test_without_a_target_the_budget_is_the_knee():

@@ -40,3 +40,4 @@ bench: install
 	.venv/bin/python benchmarks/bubbles.py
 	.venv/bin/python benchmarks/simulator.py
 	.venv/bin/python benchmarks/paper.py --quick
+	.venv/bin/python benchmarks/auto_budget.py --quick

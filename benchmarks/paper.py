@@ -23,10 +23,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from report import Figure, write_report
 
-from rayserve_sarathi.config import SchedulerConfig
-from rayserve_sarathi.simulation.capacity import find_capacity
+from rayserve_sarathi.config import SchedulerConfig, SloConfig
+from rayserve_sarathi.simulation.capacity import Capacity, find_capacity
 from rayserve_sarathi.simulation.criteria import Criteria
-from rayserve_sarathi.simulation.system import make_system
+from rayserve_sarathi.simulation.result import SimulationResult
+from rayserve_sarathi.simulation.system import SimulatedSystem, make_system
 from rayserve_sarathi.simulation.system_config import SystemConfig
 from rayserve_sarathi.simulation.workload import SHAREGPT_LENGTHS, make_workload, read_trace
 
@@ -63,7 +64,14 @@ class Deployment:
 
 
 DEPLOYMENTS = {
-    "mistral-7b": Deployment(orca_num_seqs=16, first_rate=2.0, targets={"strict": Target(tbt_s=0.1, token_budget=512)}),
+    "mistral-7b": Deployment(
+        orca_num_seqs=16,
+        first_rate=2.0,
+        targets={
+            "strict": Target(tbt_s=0.1, token_budget=512),
+            "relaxed": Target(tbt_s=0.5, token_budget=2048),
+        },
+    ),
     "yi-34b": Deployment(
         tensor_parallel_size=2,
         orca_num_seqs=16,
@@ -135,23 +143,46 @@ def search(what: Search, data: Path | None) -> Found:
         token_budget=target.token_budget,
         max_num_seqs=deployment.orca_num_seqs if what.policy == "orca" else MAX_NUM_SEQS,
     )
-    system = make_system(
-        SystemConfig(
-            model=what.model,
-            hardware="a100",
-            tensor_parallel_size=deployment.tensor_parallel_size,
-            pipeline_parallel_size=deployment.pipeline_parallel_size,
-            profiles=None if data is None else data / "profiles",
-            max_model_len=MAX_MODEL_LEN,
-            scheduler=scheduler,
-        )
+    found = find_system_capacity(
+        make_system(system_config(what.model, scheduler, data)), deployment, target, seed=what.seed, data=data
     )
-    lengths = SHAREGPT_LENGTHS if data is None else read_trace(data / "traces" / TRACE)
-    workload = make_workload(lengths, num_requests=NUM_REQUESTS, seed=what.seed, max_total_tokens=MAX_MODEL_LEN)
-    criteria = Criteria(p99_tbt_s=target.tbt_s)
-    found = find_capacity(system.at_rates(workload, criteria), criteria, first_rate=deployment.first_rate)
     assert found.best is not None, f"{what} keeps up at no rate"
     return Found(found.rate, tuple(stage.bubble_share for stage in found.best.result.stages))
+
+
+def system_config(
+    model: str, scheduler: SchedulerConfig, data: Path | None, *, slo: SloConfig | None = None
+) -> SystemConfig:
+    """Return a model on the paper's machine under a policy; `data` as in `search`."""
+    deployment = DEPLOYMENTS[model]
+    return SystemConfig(
+        model=model,
+        hardware="a100",
+        tensor_parallel_size=deployment.tensor_parallel_size,
+        pipeline_parallel_size=deployment.pipeline_parallel_size,
+        profiles=None if data is None else data / "profiles",
+        max_model_len=MAX_MODEL_LEN,
+        scheduler=scheduler,
+        slo=slo or SloConfig(),
+    )
+
+
+def find_system_capacity(
+    system: SimulatedSystem,
+    deployment: Deployment,
+    target: Target,
+    *,
+    seed: int,
+    data: Path | None,
+    tolerance: float = 0.025,
+) -> Capacity[SimulationResult]:
+    """Return the capacity of a system for the chat trace, or what was fitted to it; `data` as in `search`."""
+    lengths = SHAREGPT_LENGTHS if data is None else read_trace(data / "traces" / TRACE)
+    workload = make_workload(lengths, num_requests=NUM_REQUESTS, seed=seed, max_total_tokens=MAX_MODEL_LEN)
+    criteria = Criteria(p99_tbt_s=target.tbt_s)
+    return find_capacity(
+        system.at_rates(workload, criteria), criteria, first_rate=deployment.first_rate, tolerance=tolerance
+    )
 
 
 def searches_for(names: Iterable[str], num_seeds: int) -> list[Search]:

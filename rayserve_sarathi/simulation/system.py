@@ -22,6 +22,7 @@ class SimulatedSystem:
         step_times: Of the stages.
         num_blocks: KV blocks.
         max_model_len: Most tokens of a request; `block_size` and `scheduler` likewise as in `SystemConfig`.
+        prior: What a scheduler believes of its steps at first; see `make_simulated_scheduler`.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class SimulatedSystem:
         max_model_len: int,
         scheduler: SchedulerConfig,
         slo: SloConfig,
+        prior: StepTimeModel | None = None,
     ) -> None:
         self._step_times = step_times
         self.num_blocks = num_blocks
@@ -40,6 +42,7 @@ class SimulatedSystem:
         self.max_model_len = max_model_len
         self._scheduler = scheduler
         self._slo = slo
+        self._prior = prior
 
     def run(
         self,
@@ -57,6 +60,7 @@ class SimulatedSystem:
             max_model_len=self.max_model_len,
             num_stages=self._step_times.num_stages,
             slo=self._slo,
+            prior=self._prior,
         )
         return simulate(
             workload,
@@ -72,8 +76,12 @@ class SimulatedSystem:
         return lambda rate: self.run(workload.at_rate(rate), give_up=criteria)
 
 
-def make_system(config: SystemConfig) -> SimulatedSystem:
+def make_system(config: SystemConfig, *, prior: StepTimeModel | None = None) -> SimulatedSystem:
     """Return the system that `config` describes.
+
+    Args:
+        config: Of the system.
+        prior: See `SimulatedSystem`.
 
     Raises:
         ConfigError: Something in it is unknown, or does not fit the rest.
@@ -105,4 +113,5 @@ def make_system(config: SystemConfig) -> SimulatedSystem:
         max_model_len=config.max_model_len,
         scheduler=config.scheduler,
         slo=config.slo,
+        prior=prior,
     )

@@ -1,6 +1,5 @@
 """Write a benchmark's figures to the terminal and, if asked, to a JSON file, with the machine and the date."""
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rayserve_sarathi.bench.machine import describe_machine
+from rayserve_sarathi.simulation.report import write_json
 
 Figure: TypeAlias = "float | int | str | Sequence[Figure] | Mapping[str, Figure]"
 
@@ -17,7 +17,7 @@ def write_report(figures: Mapping[str, Figure], *, path: Path | None) -> None:
     sys.stdout.writelines(_lines("", figures))
     if path is not None:
         report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(), **figures}
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(path, report)
 
 
 def _lines(name: str, figure: Figure) -> Iterator[str]:

@@ -72,9 +72,6 @@ def add_workload_arguments(parser: argparse.ArgumentParser, *, num_requests: int
     add_requests(parser)
     parser.set_defaults(num_requests=num_requests)
     group = parser.add_argument_group("requests that are sent")
-    group.add_argument(
-        "--length-divisor", type=int, default=1, metavar="N", help="divide all lengths (default: %(default)s)"
-    )
     group.add_argument("--max-model-len", type=int, metavar="N", help="most tokens (default: the server's)")
     group.add_argument(
         "--prompt-seed", type=int, help="of the prompts' tokens (default: a new one: old prompts may be cached)"

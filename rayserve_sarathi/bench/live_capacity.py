@@ -23,7 +23,7 @@ from rayserve_sarathi.bench.prompts import Prompts
 from rayserve_sarathi.bench.run import run_load
 from rayserve_sarathi.bench.server_metrics import Buckets, read_queue_times
 from rayserve_sarathi.bench.summary import gaps_s
-from rayserve_sarathi.simulation.criteria import Criteria
+from rayserve_sarathi.simulation.criteria import Criteria, most_long_gaps
 from rayserve_sarathi.simulation.workload import Workload
 
 _QUANTILE = 0.99
@@ -151,8 +151,7 @@ class _Hopeless:
 
     def __init__(self, criteria: Criteria, *, num_gaps: int) -> None:
         self._target_s = criteria.p99_tbt_s
-        # A quantile between two values may lie below the upper one: one more is allowed.
-        self._num_late_allowed = (1 - _QUANTILE) * num_gaps + 1
+        self._num_late_allowed = most_long_gaps(num_gaps)
         self._num_late = 0
         self.is_certain = asyncio.Event()
 

@@ -1,14 +1,11 @@
 """From the options of a command to the requests that it sends."""
 
 import argparse
-from dataclasses import replace
-
-import numpy as np
 
 from rayserve_sarathi.bench.run import Load
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.simulation.options import parse_workload
-from rayserve_sarathi.simulation.workload import Int64Array, Workload
+from rayserve_sarathi.simulation.workload import Workload
 
 
 def plan_load(arguments: argparse.Namespace, *, max_model_len: int | None) -> Load:
@@ -44,17 +41,11 @@ def draw_requests(arguments: argparse.Namespace, *, rate: float | None, max_mode
     Raises:
         ConfigError: See `plan_load`.
     """
-    divisor = arguments.length_divisor
-    if divisor < 1:
-        raise ConfigError(f"--length-divisor must be at least 1, got {divisor}")
-    limit = arguments.max_model_len or max_model_len
-    undivided = argparse.Namespace(**vars(arguments) | {"max_model_len": None if limit is None else limit * divisor})
-    workload = parse_workload(undivided, rate=rate)
-    return replace(
-        workload,
-        num_prompt_tokens=_divided(workload.num_prompt_tokens, divisor),
-        num_output_tokens=_divided(workload.num_output_tokens, divisor),
-    )
+    if arguments.max_model_len is not None:
+        if arguments.max_model_len < 2:
+            raise ConfigError(f"--max-model-len must be at least 2, got {arguments.max_model_len}")
+        max_model_len = arguments.max_model_len
+    return parse_workload(arguments, rate=rate, max_total_tokens=max_model_len)
 
 
 def to_load(workload: Workload, *, num_clients: int | None = None) -> Load:
@@ -66,7 +57,3 @@ def to_load(workload: Workload, *, num_clients: int | None = None) -> Load:
     # The first one is sent at once.
     arrivals_s: list[float] = (workload.arrivals_s - workload.arrivals_s[0]).tolist()
     return Load(num_prompt_tokens=prompts, num_output_tokens=outputs, arrivals_s=arrivals_s)
-
-
-def _divided(num_tokens: Int64Array, divisor: int) -> Int64Array:
-    return np.maximum(num_tokens // divisor, 1)

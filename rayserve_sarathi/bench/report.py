@@ -1,6 +1,5 @@
 """The figures of a load, as a table and as JSON."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from rayserve_sarathi.bench.machine import describe_machine
 from rayserve_sarathi.bench.outcome import Outcome
 from rayserve_sarathi.bench.summary import Distribution, Figure, Summary
+from rayserve_sarathi.simulation.report import write_json
 
 _LABELS = {
     "ttft": "TTFT",
@@ -25,10 +25,9 @@ _LATE_MS = 50.0
 
 
 def write_figures(path: Path, figures: Mapping[str, Figure]) -> None:
-    """Write figures as JSON, with date and machine."""
+    """Write figures as JSON, with date and machine; raises ConfigError if the file cannot be written."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    report = {"date": date, "machine": describe_machine(), **figures}
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(path, {"date": date, "machine": describe_machine(), **figures})
 
 
 def detail(outcomes: Sequence[Outcome]) -> dict[str, Figure]:

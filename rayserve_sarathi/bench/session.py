@@ -112,7 +112,7 @@ async def _bench(arguments: argparse.Namespace) -> int:
             "num_interrupted": num_left,
             "request_rate": arguments.request_rate,
             "arrivals": arguments.arrivals,
-            "burstiness": arguments.arrival_cv**-2 if arguments.arrivals == "gamma" else 1.0,
+            "burstiness": (arguments.arrival_cv or 1.0) ** -2,
             "max_concurrency": arguments.concurrency,
             "seed": arguments.seed,
             "goodput_targets_ms": {} if targets is None else targets.to_json(),

@@ -50,6 +50,12 @@ class Criteria:
         return result.median_scheduling_delay_s <= self.median_scheduling_delay_s and result.p99_tbt_s <= self.p99_tbt_s
 
 
+def most_long_gaps(num_gaps: int) -> int:
+    """Return how many of `num_gaps` may be above the limit of their 99th percentile: one more, and that is above it."""
+    last = max(num_gaps - 1, 0)
+    return last - int(last * _QUANTILE)
+
+
 class Watch:
     """Tells as soon as it is certain that a run will not meet its criteria, whatever the rest of it brings.
 
@@ -65,9 +71,9 @@ class Watch:
     def __init__(self, criteria: Criteria, arrivals_s: Sequence[float], num_gaps: int) -> None:
         self._delay_s = criteria.median_scheduling_delay_s
         self._arrivals_s = arrivals_s
-        # With so many above the limit, the value itself or both that it lies between are.
+        # With more above the limit, the value itself or both that it lies between are.
         self._max_num_late = len(arrivals_s) // 2
-        self._max_num_long = num_gaps - 1 - int((num_gaps - 1) * _QUANTILE)
+        self._max_num_long = most_long_gaps(num_gaps)
         self._num_scheduled = 0
         self._num_late = 0
 

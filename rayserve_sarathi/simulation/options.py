@@ -78,33 +78,43 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
         help="sharegpt or arxiv, fitted to what the paper says of them, or four numbers of tokens with commas between:"
         " median and 90th percentile of the prompts and of the outputs (default: %(default)s)",
     )
+    group.add_argument(
+        "--length-divisor", type=int, default=1, metavar="N", help="divide all lengths (default: %(default)s)"
+    )
     group.add_argument("--num-requests", type=int, default=2048, metavar="N", help="default: %(default)s")
     group.add_argument("--arrivals", default="poisson", choices=("poisson", "gamma", "recorded"))
     group.add_argument(
-        "--arrival-cv", type=float, default=1.0, metavar="X", help="coefficient of variation of gamma arrivals"
+        "--arrival-cv", type=float, metavar="X", help="coefficient of variation of gamma arrivals (default: 1)"
     )
     group.add_argument("--seed", type=int, default=0)
 
 
-def parse_workload(arguments: argparse.Namespace, *, rate: float | None) -> Workload:
-    """Return the requests, of no more tokens than the simulated model takes.
+def parse_workload(arguments: argparse.Namespace, *, rate: float | None, max_total_tokens: int | None) -> Workload:
+    """Return the requests.
 
     Args:
-        arguments: What was given for both `add_system_arguments` and `add_workload_arguments`.
+        arguments: What was given for `add_workload_arguments`.
         rate: Requests a second; see `make_workload`.
+        max_total_tokens: Most tokens of a request, prompt and output together; None for no limit.
 
     Raises:
         ConfigError: There is no such trace, or the arguments make no workload.
     """
-    return make_workload(
+    divisor = arguments.length_divisor
+    if divisor < 1:
+        raise ConfigError(f"--length-divisor must be at least 1, got {divisor}")
+    if arguments.arrival_cv is not None and arguments.arrivals != "gamma":
+        raise ConfigError(f"--arrival-cv is for --arrivals gamma, and these are {arguments.arrivals}; leave it out")
+    workload = make_workload(
         _parse_lengths(arguments.lengths) if arguments.trace is None else read_trace(arguments.trace),
         num_requests=arguments.num_requests,
         rate=rate,
         arrivals=arguments.arrivals,
-        arrival_cv=arguments.arrival_cv,
+        arrival_cv=1.0 if arguments.arrival_cv is None else arguments.arrival_cv,
         seed=arguments.seed,
-        max_total_tokens=arguments.max_model_len,
+        max_total_tokens=None if max_total_tokens is None else max_total_tokens * divisor,
     )
+    return workload.with_lengths_divided(divisor)
 
 
 def _parse_lengths(text: str) -> LognormalLengths:

@@ -15,6 +15,7 @@ from rayserve_sarathi.simulation.criteria import Criteria
 from rayserve_sarathi.simulation.hardware import HARDWARE
 from rayserve_sarathi.simulation.options import add_workload_arguments, parse_workload
 from rayserve_sarathi.simulation.plan_config import TOKEN_BUDGETS, PlanConfig, Target
+from rayserve_sarathi.simulation.report import write_json
 
 _MAX_MODEL_LEN = 8192
 
@@ -102,18 +103,18 @@ def run(arguments: argparse.Namespace) -> int:
     )
     plan = make_plan(
         config,
-        parse_workload(arguments, rate=None),
+        parse_workload(arguments, rate=None, max_total_tokens=arguments.max_model_len),
         target,
         note=_tell,
     )
     if arguments.json != Path("-"):
         sys.stdout.write(render(plan, config, target, num_requests=arguments.num_requests))
     if arguments.json is not None:
-        figures = json.dumps(describe(plan, config, target, num_requests=arguments.num_requests), indent=2) + "\n"
+        figures = describe(plan, config, target, num_requests=arguments.num_requests)
         if arguments.json == Path("-"):
-            sys.stdout.write(figures)
+            sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         else:
-            arguments.json.write_text(figures, encoding="utf-8")
+            write_json(arguments.json, figures)
     return 0 if plan.chosen is not None else 1
 
 

@@ -1,9 +1,12 @@
 """The figures of a simulation, as nested numbers for JSON and as a table."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.simulation.gaps import Gaps
 from rayserve_sarathi.simulation.result import SimulationResult
 from rayserve_sarathi.simulation.workload import Float64Array
@@ -19,6 +22,18 @@ _ROWS = {
     "normalised_latency_s": "latency per token",
     "latency_s": "latency",
 }
+
+
+def write_json(path: Path, figures: Mapping[str, object]) -> None:
+    """Write figures to a file.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the figures to {path}: {error.strerror or error}") from error
 
 
 def summarise(result: SimulationResult) -> Figures:

@@ -1,7 +1,6 @@
 """`sarathi simulate`: what a pipeline would do with a workload, without the pipeline."""
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from rayserve_sarathi.simulation.options import (
     parse_system,
     parse_workload,
 )
-from rayserve_sarathi.simulation.report import render_table, summarise
+from rayserve_sarathi.simulation.report import render_table, summarise, write_json
 
 if TYPE_CHECKING:
     from rayserve_sarathi.simulation.system import SimulatedSystem
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate and write the figures; return the exit status."""
     system: SimulatedSystem = import_object("rayserve_sarathi.simulation.system:make_system")(parse_system(arguments))
-    workload = parse_workload(arguments, rate=arguments.rate)
+    workload = parse_workload(arguments, rate=arguments.rate, max_total_tokens=arguments.max_model_len)
     begin_s = time.perf_counter()
     result = system.run(workload)
     took_s = time.perf_counter() - begin_s
@@ -39,5 +38,5 @@ def run(arguments: argparse.Namespace) -> int:
     sys.stdout.write(f"{system.num_blocks} KV blocks; simulated in {took_s:.1f} s\n")
     if arguments.json is not None:
         figures = {"rate": workload.rate, "num_blocks": system.num_blocks, **summarise(result)}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(arguments.json, figures)
     return 0

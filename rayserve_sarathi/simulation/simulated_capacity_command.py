@@ -1,7 +1,6 @@
 """`sarathi capacity --hardware`: the largest rate that a simulated pipeline keeps up with under a latency target."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from rayserve_sarathi.simulation.options import (
     parse_system,
     parse_workload,
 )
-from rayserve_sarathi.simulation.report import render_table, summarise
+from rayserve_sarathi.simulation.report import render_table, summarise, write_json
 from rayserve_sarathi.simulation.result import SimulationResult
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Search and write the figures; return the exit status, 1 if there is no rate that keeps up."""
     system: SimulatedSystem = import_object("rayserve_sarathi.simulation.system:make_system")(parse_system(arguments))
-    workload = parse_workload(arguments, rate=None)
+    workload = parse_workload(arguments, rate=None, max_total_tokens=arguments.max_model_len)
     criteria = Criteria(p99_tbt_s=arguments.tbt, median_scheduling_delay_s=arguments.delay)
     run_at = system.at_rates(workload, criteria)
 
@@ -62,5 +61,5 @@ def run(arguments: argparse.Namespace) -> int:
             "trials": [{"rate": trial.rate, "is_kept_up": trial.is_kept_up} for trial in found.trials],
             "best": None if found.best is None else summarise(found.best.result),
         }
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(arguments.json, figures)
     return 0 if found.best is not None else 1

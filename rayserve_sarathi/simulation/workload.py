@@ -8,8 +8,9 @@ same requests in the same rhythm at any rate, and a search over rates compares l
 import csv
 import gzip
 import math
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -47,16 +48,20 @@ class Workload:
     def __len__(self) -> int:
         return len(self.arrivals_s)
 
+    def with_lengths_divided(self, divisor: int) -> "Workload":
+        """Return the same requests with prompts and outputs of a `divisor`th of their tokens, but at least 1."""
+        assert divisor >= 1, divisor
+        return replace(
+            self,
+            num_prompt_tokens=np.maximum(self.num_prompt_tokens // divisor, 1),
+            num_output_tokens=np.maximum(self.num_output_tokens // divisor, 1),
+        )
+
     def at_rate(self, rate: float) -> "Workload":
         """Return the same requests at `rate` a second on average."""
         if not 0 < rate < math.inf:
             raise ConfigError(f"a rate is a number of requests a second greater than 0, got {rate}")
-        return Workload(
-            arrivals_s=self.arrivals_s * (self.rate / rate),
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_output_tokens=self.num_output_tokens,
-            rate=rate,
-        )
+        return replace(self, arrivals_s=self.arrivals_s * (self.rate / rate), rate=rate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +145,8 @@ def make_workload(
     """
     if num_requests < 1:
         raise ConfigError(f"a workload needs at least 1 request, got {num_requests}")
+    if seed < 0:
+        raise ConfigError(f"seed must be at least 0, got {seed}")
     if not 0 < arrival_cv < math.inf:
         raise ConfigError(f"arrival_cv must be a number greater than 0, got {arrival_cv}")
     length_rng, arrival_rng = (np.random.default_rng([seed, stream]) for stream in range(2))
@@ -180,6 +187,10 @@ def read_trace(path: Path) -> Lengths:
             rows = list(_parse_rows(csv.DictReader(file), path))
     except OSError as error:
         raise ConfigError(f"cannot read the trace {path}: {error.strerror or error}") from error
+    except (EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(
+            f"the trace {path} is broken: {error}; give a CSV file, gzipped if it ends with .gz"
+        ) from error
     if not rows:
         raise ConfigError(f"the trace {path} has no requests")
     prompts, outputs, arrivals = zip(*rows, strict=True)

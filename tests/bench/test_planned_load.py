@@ -100,7 +100,9 @@ def test_divided_lengths_fit_the_model_as_well():
     [
         (("--concurrency", "0"), "--concurrency must be at least 1, got 0"),
         (("--concurrency", "2", "--arrivals", "recorded"), "leave out --arrivals recorded"),
-        (("--length-divisor", "0"), "--length-divisor must be at least 1, got 0"),
+        (("--length-divisor", "0", "--request-rate", "1"), "--length-divisor must be at least 1, got 0"),
+        (("--max-model-len", "0", "--request-rate", "1"), "--max-model-len must be at least 2, got 0"),
+        (("--arrival-cv", "2", "--request-rate", "1"), "--arrival-cv is for --arrivals gamma, and these are poisson"),
         (("--request-rate", "0"), "greater than 0, got 0"),
         (("--arrivals", "recorded"), "there are no recorded arrivals"),
         (("--request-rate", "inf"), "greater than 0, got inf"),

@@ -56,6 +56,24 @@ def test_the_largest_rate_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {trial["is_kept_up"] for trial in figures["trials"]} == {True, False}
 
 
+@pytest.mark.parametrize("command", [["simulate", "--rate", "1"], ["capacity", "--tbt", "0.1", "--tolerance", "9"]])
+def test_figures_that_cannot_be_written_are_told(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*command, *SYSTEM, "--json", str(tmp_path / "none" / "figures.json")]) == 1
+
+    assert "cannot write the figures to" in capsys.readouterr().err
+
+
+def test_lengths_are_divided(tmp_path: Path):
+    path = tmp_path / "figures.json"
+
+    assert main(["simulate", *SYSTEM, "--rate", "1", "--length-divisor", "16", "--json", str(path)]) == 0
+
+    figures = json.loads(path.read_text())
+    assert figures["output_token_throughput"] / figures["request_throughput"] < 60  # undivided, some 400
+
+
 def test_a_target_that_cannot_be_met_gives_no_rate(capsys: pytest.CaptureFixture[str]):
     assert main(["capacity", *SYSTEM, "--tbt", "0.001"]) == 1
     assert "capacity: 0 requests/s" in capsys.readouterr().out

@@ -78,6 +78,32 @@ def test_arrivals_have_their_rate_and_variation(arrivals, cv: float):
     assert gaps_s.std() / gaps_s.mean() == pytest.approx(cv, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.csv.gz", gzip.compress(b"num_prefill_tokens,num_decode_tokens\n" + b"1,1\n" * 99)[:-12]),
+        (
+            "damaged.csv.gz",
+            gzip.compress(b"num_prefill_tokens,num_decode_tokens\n" + b"1,1\n" * 99)[:20] + b"\x7f" * 40,
+        ),
+        ("latin.csv", b"num_prefill_tokens,num_decode_tokens\n1,\xe9\n"),
+        ("quote.csv", b'num_prefill_tokens,num_decode_tokens\n1,"' + b"1" * 200_000 + b'"\n'),
+    ],
+)
+def test_a_broken_trace_is_told(tmp_path: Path, name: str, content: bytes):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(ConfigError, match=rf"the trace .*{name} is broken: "):
+        read_trace(tmp_path / name)
+
+
+def test_lengths_are_divided_but_never_to_nothing():
+    workload = make_workload(ARXIV_LENGTHS, num_requests=50).with_lengths_divided(200)
+
+    assert workload.num_output_tokens.min() == 1
+    assert workload.num_prompt_tokens.max() < 200
+
+
 def test_the_same_seed_gives_the_same_requests_at_any_rate():
     slow, fast = (make_workload(ARXIV_LENGTHS, num_requests=50, rate=rate, seed=7) for rate in (1.0, 4.0))
 
@@ -118,6 +144,8 @@ def test_settings_that_make_no_workload_are_refused():
         make_workload(ARXIV_LENGTHS, num_requests=1, rate=0)
     with pytest.raises(ConfigError, match="arrival_cv must be a number greater than 0, got -1"):
         make_workload(ARXIV_LENGTHS, num_requests=1, arrival_cv=-1)
+    with pytest.raises(ConfigError, match="seed must be at least 0, got -1"):
+        make_workload(ARXIV_LENGTHS, num_requests=1, seed=-1)
     with pytest.raises(ConfigError, match="hardly any request"):
         make_workload(ARXIV_LENGTHS, num_requests=1, max_total_tokens=2)
     with pytest.raises(ConfigError, match="prompt_median must be at least 1 and at most prompt_p90, got 9 and 8"):

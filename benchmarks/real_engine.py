@@ -1,0 +1,271 @@
+"""The real engine on this machine beside its simulation: latencies, stalls and capacity of `sarathi` and `vllm`.
+
+python benchmarks/real_engine.py [--quick] [--data DIR] [--json PATH]
+
+A model of 100M parameters with random weights, in this process; requests of the paper's chat trace with all lengths
+divided by 16, Poisson arrivals. The target is the paper's strict one, five times as long as a step of 32 decodes with
+4,096 / 16 tokens of context each takes. First the model's steps are measured, as `sarathi profile` does; from these the
+capacity of `sarathi` with `token_budget: auto` is predicted. Then the engine serves 60% of it under both policies, and
+the same requests are simulated. Last, the capacity of both policies is searched for with the engine itself.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bubbles import MODEL
+from paper import TRACE, find_data
+from report import Figure, write_report
+
+from rayserve_sarathi.config import EngineConfig, SchedulerConfig, SloConfig
+from rayserve_sarathi.engine import Engine, RebuildLimit, make_scheduler
+from rayserve_sarathi.execution.inline import make_inline_pipeline
+from rayserve_sarathi.models.resolve import resolve_model
+from rayserve_sarathi.profiling.grid import Grid
+from rayserve_sarathi.profiling.profile import measure_profile
+from rayserve_sarathi.profiling.stage_clock import StageClock
+from rayserve_sarathi.request import RequestOutput, SamplingParams
+from rayserve_sarathi.simulation.capacity import Capacity, find_capacity
+from rayserve_sarathi.simulation.criteria import Criteria, most_long_gaps
+from rayserve_sarathi.simulation.gaps import GapLog, Gaps
+from rayserve_sarathi.simulation.profile_files import write_profile
+from rayserve_sarathi.simulation.result import SimulationResult
+from rayserve_sarathi.simulation.step_times import make_step_time_model, profile_name
+from rayserve_sarathi.simulation.system import SimulatedSystem
+from rayserve_sarathi.simulation.workload import SHAREGPT_LENGTHS, Workload, make_workload, read_trace
+from rayserve_sarathi.step_shape import StepShape, StepTimeModel
+
+DIVISOR = 16
+MAX_MODEL_LEN = 8192 // DIVISOR
+MAX_NUM_SEQS = 64
+NUM_BLOCKS = 4096
+BLOCK_SIZE = 16
+LOAD = 0.6
+STRICT = 5
+TOLERANCE = 0.1
+GRID = Grid(
+    decodes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64),
+    decode_contexts=(0, 64, 256, 511),
+    chunks=(2, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512),
+    chunk_contexts=(0, 128, 384),
+    repeats=3,
+)
+SCHEDULERS = {
+    "sarathi": SchedulerConfig(
+        policy="sarathi", token_budget="auto", max_num_batched_tokens=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS
+    ),
+    "vllm": SchedulerConfig(policy="vllm", max_num_seqs=MAX_NUM_SEQS),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What the engine did with requests; a `criteria.RunResult`.
+
+    Args:
+        ttft: Times from arrival to the first token.
+        delays: Times from arrival to the first step.
+        gaps: Times between two tokens of a request.
+        is_complete: Whether all requests were served; otherwise the target was missed for certain.
+    """
+
+    ttft: Gaps
+    delays: Gaps
+    gaps: Gaps
+    is_complete: bool
+
+    @property
+    def median_scheduling_delay_s(self) -> float:
+        """See `RunResult`; infinite if the run was ended."""
+        return self.delays.quantile(0.5) if self.is_complete else float("inf")
+
+    @property
+    def p99_tbt_s(self) -> float:
+        """See `RunResult`."""
+        return self.gaps.quantile(0.99)
+
+
+class Server:
+    """The engine of a configuration, anew for each run.
+
+    Args:
+        config: Of one stage.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._info = resolve_model(config)
+        self._delivered = asyncio.Event()
+        self._num_open = 0
+
+    async def serve(self, workload: Workload, *, give_up_s: float | None) -> Served:
+        """Serve `workload`; end as soon as more than one gap in a hundred is certain to exceed `give_up_s`."""
+        pipeline, num_blocks = await asyncio.to_thread(
+            make_inline_pipeline, self._config, num_threads=torch.get_num_threads()
+        )
+        scheduler = make_scheduler(self._config, self._info, num_blocks=num_blocks)
+        engine = Engine(scheduler, pipeline, deliver=self._deliver, rebuild_limit=RebuildLimit(0, window_s=1.0))
+        await engine.warm_up(MAX_MODEL_LEN)
+        ttft, delays, gaps = GapLog(), GapLog(), GapLog(float("inf") if give_up_s is None else give_up_s)
+        scheduler.metrics.time_to_first_token_s = ttft
+        scheduler.metrics.request_queue_time_s = delays
+        scheduler.metrics.inter_token_latency_s = gaps
+        max_num_above = most_long_gaps(int(workload.num_output_tokens.sum()) - len(workload))
+        running = asyncio.create_task(engine.run())
+        self._num_open = len(workload)
+        sending = asyncio.create_task(self._send(engine, workload))
+        try:
+            while self._num_open and (give_up_s is None or gaps.num_above <= max_num_above):
+                self._delivered.clear()
+                await self._delivered.wait()
+        finally:
+            sending.cancel()
+            running.cancel()
+            await asyncio.gather(sending, running, return_exceptions=True)
+            await pipeline.close()
+        return Served(ttft=ttft.gaps(), delays=delays.gaps(), gaps=gaps.gaps(), is_complete=not self._num_open)
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        self._num_open -= sum(output.finish_reason is not None for output in outputs)
+        self._delivered.set()
+
+    async def _send(self, engine: Engine, workload: Workload) -> None:
+        rng = np.random.default_rng(0)
+        begin_s = time.monotonic() - workload.arrivals_s[0]
+        each = zip(workload.arrivals_s, workload.num_prompt_tokens, workload.num_output_tokens, strict=True)
+        for index, (arrival_s, num_prompt_tokens, num_output_tokens) in enumerate(each):
+            await asyncio.sleep(begin_s + arrival_s - time.monotonic())
+            prompt = rng.integers(0, self._info.vocab_size, num_prompt_tokens).tolist()
+            engine.add(str(index), prompt, SamplingParams(max_tokens=int(num_output_tokens), ignore_eos=True))
+
+
+def draw_requests(data: Path | None, *, num_requests: int) -> Workload:
+    """Return requests at a rate of one a second; `data` is the folder with `traces/`, None takes fitted lengths."""
+    lengths = SHAREGPT_LENGTHS if data is None else read_trace(data / "traces" / TRACE)
+    workload = make_workload(lengths, num_requests=num_requests, max_total_tokens=DIVISOR * (MAX_MODEL_LEN - 2))
+    return workload.with_lengths_divided(DIVISOR)
+
+
+def make_config(folder: Path) -> EngineConfig:
+    """Return the engine's settings without a policy; the model's description goes into `folder`."""
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return EngineConfig(
+        model=str(folder),
+        load_format="dummy",
+        device="cpu",
+        max_model_len=MAX_MODEL_LEN,
+        num_gpu_blocks_override=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        enable_prefix_caching=False,
+    )
+
+
+def measure_steps(config: EngineConfig, folder: Path) -> StepTimeModel:
+    """Measure the model's steps on this machine, and return what predicts them."""
+    clock = StageClock(config, num_blocks=NUM_BLOCKS)
+    profile = measure_profile(clock, GRID, block_size=BLOCK_SIZE, note=lambda text: None)
+    write_profile(folder / profile_name("cpu", config.model, tensor_parallel_size=1), profile)
+    return make_step_time_model(config.model, "cpu", source="profile", profiles=folder)
+
+
+def strict_target_s(model: StepTimeModel) -> float:
+    """Return the paper's strict target (section 5): five times a step of 32 decodes with 4k tokens each, divided."""
+    num_decodes, context_len = 32, 4096 // DIVISOR
+    step = StepShape(
+        num_decodes=num_decodes,
+        decode_context_tokens=num_decodes * context_len,
+        chunks=(),
+        num_samples=num_decodes,
+    )
+    return STRICT * (max(model.stage_times_s(step)) + model.cpu_s(step))
+
+
+def compare(measured: Served, simulated: SimulationResult) -> dict[str, Figure]:
+    """Return measured and simulated latencies, in seconds, and the simulated ones over the measured ones."""
+    simulated_ttft = np.quantile(simulated.ttft_s, [0.5, 0.99])
+    pairs = {
+        "tbt_p50_s": (measured.gaps.quantile(0.5), simulated.gaps.quantile(0.5)),
+        "tbt_p99_s": (measured.gaps.quantile(0.99), simulated.gaps.quantile(0.99)),
+        "tbt_max_s": (measured.gaps.max, simulated.gaps.max),
+        "ttft_p50_s": (measured.ttft.quantile(0.5), float(simulated_ttft[0])),
+        "ttft_p99_s": (measured.ttft.quantile(0.99), float(simulated_ttft[1])),
+    }
+    return {
+        name: {"measured": real, "simulated": virtual, "ratio": virtual / real}
+        for name, (real, virtual) in pairs.items()
+    }
+
+
+def main() -> None:
+    """Measure the steps, predict, serve, search, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer requests, and no search for the engine's capacity")
+    parser.add_argument("--data", type=Path, default=find_data(), help="folder with traces/")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    arguments = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    workload = draw_requests(arguments.data, num_requests=100 if arguments.quick else 300)
+    with tempfile.TemporaryDirectory() as name:
+        config = make_config(Path(name))
+        step_times = measure_steps(config, Path(name))
+        criteria = Criteria(p99_tbt_s=strict_target_s(step_times))
+        config = replace(config, slo=SloConfig(tbt_s=criteria.p99_tbt_s))
+        figures: dict[str, Figure] = {"tbt_target_s": criteria.p99_tbt_s, "num_requests": len(workload)}
+        systems = {
+            policy: SimulatedSystem(
+                step_times,
+                num_blocks=NUM_BLOCKS,
+                block_size=BLOCK_SIZE,
+                max_model_len=MAX_MODEL_LEN,
+                scheduler=scheduler,
+                slo=config.slo,
+            )
+            for policy, scheduler in SCHEDULERS.items()
+        }
+        predicted = {
+            policy: find_capacity(system.at_rates(workload, criteria), criteria, tolerance=TOLERANCE / 4).rate
+            for policy, system in systems.items()
+        }
+        figures["predicted_capacity"] = predicted
+        sys.stdout.write(f"target {criteria.p99_tbt_s:.3f} s; predicted capacity {predicted}\n")
+        at_load = workload.at_rate(LOAD * predicted["sarathi"])
+        for policy, scheduler in SCHEDULERS.items():
+            server = Server(replace(config, scheduler=scheduler))
+            figures[policy] = compare(asyncio.run(server.serve(at_load, give_up_s=None)), systems[policy].run(at_load))
+        if not arguments.quick:
+            capacities = {
+                policy: search(Server(replace(config, scheduler=scheduler)), workload, criteria, predicted[policy])
+                for policy, scheduler in SCHEDULERS.items()
+            }
+            figures["capacity"] = capacities
+            figures["capacity_over_vllm"] = capacities["sarathi"] / capacities["vllm"]
+    write_report(figures, path=arguments.json)
+
+
+def search(server: Server, workload: Workload, criteria: Criteria, first_rate: float) -> float:
+    """Return the engine's capacity in requests a second."""
+
+    def run(rate: float) -> Served:
+        served = asyncio.run(server.serve(workload.at_rate(rate), give_up_s=criteria.p99_tbt_s))
+        sys.stdout.write(
+            f"{rate:.2f}/s: P99 TBT {served.p99_tbt_s:.3f} s, delay {served.median_scheduling_delay_s:.2f} s\n"
+        )
+        return served
+
+    found: Capacity[Served] = find_capacity(run, criteria, first_rate=first_rate, tolerance=TOLERANCE)
+    return found.rate
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
@@ -47,6 +47,41 @@ class StepTimes:
         return self.prepare_s + self.embed_s + self.attention_s + self.layers_s + self.sample_s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockTimes:
+    """What the clock reads for a step, in seconds.
+
+    Args:
+        prepare_s: As in `StepTimes`; `embed_s`, `attention_s` and `sample_s` likewise.
+        forward_s: From the message to the last hidden states, all of the former but the sampling in it.
+    """
+
+    prepare_s: float
+    embed_s: float
+    forward_s: float
+    attention_s: float
+    sample_s: float
+
+
+def parts_of(readings: Sequence[ClockTimes]) -> StepTimes:
+    """Return the parts of a step that was timed several times.
+
+    Of each reading the least counts, as others on the machine only add to it. Then the rest of the layers is a
+    difference of two such: the least of the differences would be that of a long attention and a short whole.
+    """
+    prepare_s, embed_s, forward_s, attention_s, sample_s = (
+        min(getattr(reading, field.name) for reading in readings) for field in fields(ClockTimes)
+    )
+    attention_s = min(attention_s, forward_s)
+    return StepTimes(
+        prepare_s=prepare_s,
+        embed_s=embed_s,
+        attention_s=attention_s,
+        layers_s=max(0.0, forward_s - attention_s - prepare_s - embed_s),
+        sample_s=sample_s,
+    )
+
+
 class StageClock:
     """The runner of a stage, and a clock that waits for its device.
 
@@ -78,7 +113,7 @@ class StageClock:
         return str(self._decoder.dtype).removeprefix("torch.")
 
     def measure(self, steps: Sequence[StepInput], *, repeats: int, note: Callable[[str], None]) -> list[StepTimes]:
-        """Run all steps several times over, and return the least of each part, to which others only add.
+        """Run all steps several times over, and return the parts of each; see `parts_of`.
 
         One after the other and all of them again, as what else runs on a machine comes in spells of seconds.
 
@@ -89,12 +124,12 @@ class StageClock:
         """
         for step in steps:
             self._run(step)
-        times: list[list[StepTimes]] = [[] for _ in steps]
+        readings: list[list[ClockTimes]] = [[] for _ in steps]
         for number in range(repeats):
             note(f"{len(steps)} steps, time {number + 1} of {repeats}")
-            for step, several in zip(steps, times, strict=True):
+            for step, several in zip(steps, readings, strict=True):
                 several.append(self._time(step))
-        return [_least_of(several) for several in times]
+        return [parts_of(several) for several in readings]
 
     def _wrap(self, backend: AttentionBackend) -> AttentionBackend:
         self._backend = _TimedBackend(backend, self._now_s)
@@ -104,7 +139,7 @@ class StageClock:
         hidden = self._runner.forward(step, None)
         self._runner.sample(step, self._runner.logits(step, hidden))
 
-    def _time(self, step: StepInput) -> StepTimes:
+    def _time(self, step: StepInput) -> ClockTimes:
         assert self._backend is not None, "the decoder has asked for it"
         prepare_s, model_input = self._timed(
             lambda: build_model_input(step, block_size=self._block_size, device=self._device)
@@ -118,12 +153,11 @@ class StageClock:
         self._backend.seconds = 0.0
         self._runner.forward(step, None)
         self._backend.is_timing = False
-        attention_s = min(self._backend.seconds, forward_s)
-        return StepTimes(
+        return ClockTimes(
             prepare_s=prepare_s,
             embed_s=embed_s,
-            attention_s=attention_s,
-            layers_s=max(0.0, forward_s - attention_s - prepare_s - embed_s),
+            forward_s=forward_s,
+            attention_s=self._backend.seconds,
             sample_s=sample_s,
         )
 
@@ -187,13 +221,3 @@ class _TimedBackend:
         if self.is_timing:
             self.seconds += self._now_s() - begin_s
         return out
-
-
-def _least_of(times: list[StepTimes]) -> StepTimes:
-    return StepTimes(
-        prepare_s=min(each.prepare_s for each in times),
-        embed_s=min(each.embed_s for each in times),
-        attention_s=min(each.attention_s for each in times),
-        layers_s=min(each.layers_s for each in times),
-        sample_s=min(each.sample_s for each in times),
-    )

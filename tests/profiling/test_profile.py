@@ -11,7 +11,7 @@ from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.profiling.grid import Grid, make_grid, make_step
 from rayserve_sarathi.profiling.profile import build_profile, check_profile, measure_profile, measure_scheduler_s
-from rayserve_sarathi.profiling.stage_clock import StageClock, StepTimes
+from rayserve_sarathi.profiling.stage_clock import ClockTimes, StageClock, StepTimes, parts_of
 from rayserve_sarathi.simulation.model_shape import find_model, rank_shape
 from rayserve_sarathi.simulation.profile_files import REQUIRED, read_profile, write_profile
 from rayserve_sarathi.simulation.step_times import make_step_time_model
@@ -125,6 +125,16 @@ def test_parts_of_a_step_are_not_negative_and_attention_is_one_of_them(clock: St
     assert min(parts) >= 0
     assert times.attention_s > 0
     assert times.total_s == pytest.approx(float(np.sum(parts)))
+
+
+def test_a_part_that_is_a_difference_is_that_of_the_least_times():
+    quiet = {"prepare_s": 1.0, "embed_s": 2.0, "forward_s": 20.0, "attention_s": 5.0, "sample_s": 3.0}
+    readings = [ClockTimes(**quiet | disturbed) for disturbed in ({"attention_s": 9.0}, {"forward_s": 30.0}, {})]
+
+    parts = parts_of(readings)
+
+    assert parts.layers_s == 20.0 - 5.0 - 1.0 - 2.0
+    assert parts.total_s == 20.0 + 3.0
 
 
 def test_the_scheduler_has_a_time_for_any_number_of_decodes():

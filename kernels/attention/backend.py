@@ -5,6 +5,7 @@ Dimensions: T tokens in the step; N query and K KV heads; H head size; P blocks 
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
@@ -12,6 +13,9 @@ from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 
 class AttentionBackend(Protocol):
     """Attention over a paged KV cache. It keeps no state, so one instance serves every layer."""
+
+    def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return why it cannot attend so, or None if it can."""
 
     def kv_cache_shape(self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
         """Return the shape of a layer's key pool, which is also that of its value pool; blocks come first."""

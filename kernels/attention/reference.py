@@ -19,6 +19,10 @@ class TorchAttention:
     attention 1.6 times as fast on a CPU as [P, S, K, H].
     """
 
+    def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return None: it attends on any device, in any type."""
+        return None
+
     def kv_cache_shape(
         self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
     ) -> tuple[int, int, int, int]:

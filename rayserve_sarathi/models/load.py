@@ -11,6 +11,7 @@ from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
+from rayserve_sarathi.kernels.native import NativeBuildError
 from rayserve_sarathi.models.config import DecoderConfig, stage_layers
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.parallel import SINGLE_RANK, TensorParallel
@@ -49,8 +50,7 @@ def load_decoder(
     dtype = resolve_dtype(config, info.decoder, device)
     layers = stage_layers(info.decoder.num_hidden_layers, config.pipeline_parallel_size, stage)
     shard = shard_of(info.decoder, tp_rank=tp.tp_rank, tp_size=tp.tp_size)
-    name = "torch" if config.attention_backend == "auto" else config.attention_backend
-    backend = wrap_backend(load("attention backend", name, ATTENTION_BACKENDS)())
+    backend = wrap_backend(choose_attention_backend(config, info.decoder, device=device, dtype=dtype))
 
     start_s = time.perf_counter()
     with torch.inference_mode():
@@ -73,6 +73,31 @@ def load_decoder(
         time.perf_counter() - loaded_s,
     )
     return decoder
+
+
+def choose_attention_backend(
+    config: EngineConfig, decoder: DecoderConfig, *, device: torch.device, dtype: torch.dtype
+) -> AttentionBackend:
+    """Return the backend that `config.attention_backend` means; `auto` is the fastest of those that can be had.
+
+    Raises:
+        ConfigError: There is no such backend, or it does not attend so.
+    """
+    names = ATTENTION_BACKENDS if config.attention_backend == "auto" else (config.attention_backend,)
+    refusals: list[str] = []
+    for name in names:
+        try:
+            backend: AttentionBackend = load("attention backend", name, ATTENTION_BACKENDS)()
+            reason = backend.refuse(
+                block_size=config.block_size, head_size=decoder.head_dim, dtype=dtype, device=device
+            )
+        except NativeBuildError as error:
+            reason = str(error)
+        if reason is None:
+            _logger.info("attention backend %s%s", name, "".join(f" ({refusal})" for refusal in refusals))
+            return backend
+        refusals.append(f"not {name}: {reason}")
+    raise ConfigError(f"attention_backend cannot be {config.attention_backend} here, {'; '.join(refusals)}; use auto")
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

@@ -196,6 +196,9 @@ class _TimedBackend:
         self.is_timing = False
         self.seconds = 0.0
 
+    def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        return self._backend.refuse(block_size=block_size, head_size=head_size, dtype=dtype, device=device)
+
     def kv_cache_shape(self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
         return self._backend.kv_cache_shape(
             num_blocks=num_blocks, block_size=block_size, num_kv_heads=num_kv_heads, head_size=head_size

@@ -1,0 +1,101 @@
+"""The C++ kernels: built for this machine at first use, or as they were built when the package was installed.
+
+They need no headers of torch, so a build takes two seconds and serves every version of torch. A build for the very
+machine is kept in a cache folder, named by the source, the flags and the CPU. Without a compiler the one that pip made
+is taken, which any x86-64 CPU with AVX2 runs.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_FOLDER = Path(__file__).resolve().parent
+_SOURCE = _FOLDER / "csrc" / "cpu.cpp"
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_TIMEOUT_S = 120.0
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+class NativeBuildError(Exception):
+    """There is no build of the C++ kernels that runs here; the message says why."""
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """Return the kernels, built if need be.
+
+    Raises:
+        NativeBuildError: They can neither be built nor found.
+    """
+    # A process that uses both shares torch's threads, if torch came first.
+    import torch  # noqa: F401
+
+    try:
+        return ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError, NativeBuildError) as error:
+        why = str(error)
+    for installed in sorted(_FOLDER.glob("_cpu*.so")):
+        if {"avx2", "fma"} <= _cpu_flags():
+            try:
+                return ctypes.CDLL(str(installed))
+            except OSError as error:
+                why = f"{why}; {error}"
+    raise NativeBuildError(f"the C++ kernels cannot be built ({why}), and no build of them was installed")
+
+
+def cache_folder() -> Path:
+    """Return where builds are kept: under `XDG_CACHE_HOME`, or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayserve_sarathi"
+
+
+def _build() -> Path:
+    """Return the build for this machine, made now unless it is there."""
+    compiler = os.environ.get("CXX") or "c++"
+    path = shutil.which(compiler)
+    if path is None:
+        raise NativeBuildError(f"no compiler {compiler!r}")
+    marks = (_SOURCE.read_text(), path, *_FLAGS, platform.machine(), *sorted(_cpu_flags()))
+    folder = cache_folder()
+    library = folder / f"cpu-{hashlib.sha256(chr(0).join(marks).encode()).hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    # Stages start together: one builds, the others wait.
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.is_file():
+            _compile(path, library)
+    return library
+
+
+def _compile(compiler: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        done = subprocess.run(
+            [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            raise NativeBuildError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        made.replace(library)
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """Return what this CPU can do, by Linux's names; nothing where that is not told."""
+    if not _CPUINFO.is_file():
+        return frozenset()
+    for line in _CPUINFO.read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()

@@ -16,11 +16,26 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch  # before the kernels, which then share its pool of threads
+from torch import Tensor
+
 _FOLDER = Path(__file__).resolve().parent
 _SOURCE = _FOLDER / "csrc" / "cpu.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _TIMEOUT_S = 120.0
 _CPUINFO = Path("/proc/cpuinfo")
+
+
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
+_SIGNATURES = {
+    "sarathi_attention": "plppippppliiiiifi",
+    "sarathi_write_kv": "plplppiplpliii",
+    "sarathi_linear": "pllplpp",
+    "sarathi_rms_norm": "pppppllf",
+    "sarathi_rotary": "plpplii",
+    "sarathi_silu_mul": "ppll",
+}
+"""The types of each kernel's arguments, in order; see csrc/cpu.cpp."""
 
 
 class NativeBuildError(Exception):
@@ -34,20 +49,51 @@ def load_library() -> ctypes.CDLL:
     Raises:
         NativeBuildError: They can neither be built nor found.
     """
-    # A process that uses both shares torch's threads, if torch came first.
-    import torch  # noqa: F401
-
     try:
-        return ctypes.CDLL(str(_build()))
+        return _open(_build())
     except (OSError, subprocess.SubprocessError, NativeBuildError) as error:
         why = str(error)
     for installed in sorted(_FOLDER.glob("_cpu*.so")):
         if {"avx2", "fma"} <= _cpu_flags():
             try:
-                return ctypes.CDLL(str(installed))
+                return _open(installed)
             except OSError as error:
                 why = f"{why}; {error}"
     raise NativeBuildError(f"the C++ kernels cannot be built ({why}), and no build of them was installed")
+
+
+def kernels_for(x: Tensor, *, row_size: int = 0) -> ctypes.CDLL | None:
+    """Return the kernels if they compute on tensors like this one, on a CPU in float32; None if not.
+
+    None, too, if there is no build that runs here; who chooses the attention backend tells why.
+
+    Args:
+        x: What to compute on.
+        row_size: Elements of what is computed on in whole vectors of this CPU; 0 for nothing.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return None
+    kernels = _kernels_or_none()
+    return kernels if kernels is not None and row_size % kernels.sarathi_lanes() == 0 else None
+
+
+@functools.cache
+def _kernels_or_none() -> ctypes.CDLL | None:
+    try:
+        return load_library()
+    except NativeBuildError:
+        return None
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name in ("sarathi_lanes", "sarathi_panel"):
+        getattr(library, name).restype = ctypes.c_int
+    for name, types in _SIGNATURES.items():
+        kernel = getattr(library, name)
+        kernel.restype = None
+        kernel.argtypes = [_TYPES[letter] for letter in types]
+    return library
 
 
 def cache_folder() -> Path:

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from rayserve_sarathi.kernels.native import kernels_for
+
 
 def inverse_frequencies(head_size: int, *, theta: float) -> Tensor:
     """Return the angle per position of each pair of dimensions, [H / 2] float32."""
@@ -90,7 +92,15 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: [T, 1, H / 2] float32; `sin` likewise.
 
     Returns:
-        [T, N, H].
+        [T, N, H]; it may be x itself, rotated in place.
     """
+    num_tokens, num_heads, head_size = x.shape
+    kernels = kernels_for(x)
+    if kernels is not None and x.stride()[1:] == (head_size, 1) and x.stride(0) >= num_heads * head_size:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        kernels.sarathi_rotary(
+            x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), num_tokens, num_heads, head_size
+        )
+        return x
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -3,8 +3,6 @@
 Dimensions: T tokens in the step; N query and K KV heads; H head size; P blocks in the pool; S tokens per block.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,6 @@ from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 from rayserve_sarathi.kernels.native import load_library
 
 _GROUP = 16
-_LANES = 8
 
 
 class CppAttention:
@@ -24,19 +21,9 @@ class CppAttention:
 
     def __init__(self) -> None:
         library = load_library()
-        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         self._attention = library.sarathi_attention
-        self._attention.restype = None
-        self._attention.argtypes = [
-            *(pointer, size, pointer, pointer, integer, pointer, pointer, pointer, pointer, size),
-            *(integer, integer, integer, integer, integer, ctypes.c_float, integer),
-        ]
         self._write_kv = library.sarathi_write_kv
-        self._write_kv.restype = None
-        self._write_kv.argtypes = [
-            *(pointer, size, pointer, size, pointer, pointer, integer, pointer, size, pointer, size),
-            *(integer, integer, integer),
-        ]
+        self._lanes: int = library.sarathi_lanes()
 
     def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """See `AttentionBackend`."""
@@ -46,8 +33,8 @@ class CppAttention:
             return f"it computes in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
         if block_size % _GROUP:
             return f"block_size must be a multiple of {_GROUP}, got {block_size}"
-        if head_size % _LANES:
-            return f"the head size must be a multiple of {_LANES}, got {head_size}"
+        if head_size % self._lanes:
+            return f"the head size must be a multiple of {self._lanes} on this CPU, got {head_size}"
         return None
 
     def kv_cache_shape(

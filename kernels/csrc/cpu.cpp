@@ -19,12 +19,18 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-typedef float Vector __attribute__((vector_size(32)));
-typedef int32_t IntVector __attribute__((vector_size(32)));
-typedef uint32_t BitVector __attribute__((vector_size(32)));
-typedef uint16_t HalfVector __attribute__((vector_size(16)));
-
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+constexpr int TILE = 12;  // rows that are in registers at once, of which there are 32
+#else
 constexpr int LANES = 8;
+constexpr int TILE = 6;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t BitVector __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfVector __attribute__((vector_size(2 * LANES)));
+
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -45,6 +51,23 @@ INLINE Vector load(const bfloat16* from) {
 INLINE void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
 
 INLINE Vector broadcast(float value) { return Vector{} + value; }
+
+INLINE float sum_of(Vector vector) {
+    float sum = 0.f;
+    for (int lane = 0; lane < LANES; lane++) sum += vector[lane];
+    return sum;
+}
+
+// Sets of sums for so many of them at once: with few, several sets hide the latency of additions.
+constexpr int num_sets(int num_sums) { return num_sums >= 8 ? 1 : num_sums >= 4 ? 2 : 4; }
+
+// Calls `run` with the number of rows, at most TILE, as a constant.
+template <class F, int R = TILE>
+INLINE void with_rows(int num_rows, F run) {
+    if constexpr (R > 1)
+        if (num_rows < R) return with_rows<F, R - 1>(num_rows, run);
+    run(std::integral_constant<int, R>());
+}
 
 // 2^x with a relative error of 2e-7, for x <= 0; 0 below 2^-125; NaN stays NaN.
 INLINE Vector exp2_of_negative(Vector x) {
@@ -78,7 +101,6 @@ constexpr int GROUP = 16;  // tokens whose scores are computed at once
 constexpr int GROUPS = 8;
 constexpr int KEYS = GROUP * GROUPS;
 constexpr int ROWS = 48;
-constexpr int TILE = 6;  // rows that are in registers at once
 
 struct Cache {
     const void* keys;
@@ -97,9 +119,8 @@ struct Task {
 template <int R, class T>
 INLINE void score(const float* q, int head_size, const T* k, int64_t k_stride, float* scores, const T* next_k,
                   const T* next_v) {
-    // With few rows, two sets of sums hide the latency of additions.
-    constexpr int SETS = R <= 3 ? 2 : 1;
-    Vector sums[SETS][R][2] = {};
+    constexpr int VECTORS = GROUP / LANES, SETS = num_sets(R * VECTORS);
+    Vector sums[SETS][R][VECTORS] = {};
     for (int d = 0; d < head_size; d += SETS) {
         // The next group may be in another block, where the hardware does not look.
         for (int set = 0; set < SETS; set++) {
@@ -107,19 +128,19 @@ INLINE void score(const float* q, int head_size, const T* k, int64_t k_stride, f
             __builtin_prefetch(next_v + (d + set) * GROUP);
         }
         for (int set = 0; set < SETS; set++) {
-            Vector k0 = load(k + (d + set) * k_stride), k1 = load(k + (d + set) * k_stride + LANES);
+            Vector row[VECTORS];
+            for (int part = 0; part < VECTORS; part++) row[part] = load(k + (d + set) * k_stride + part * LANES);
             for (int r = 0; r < R; r++) {
                 Vector factor = broadcast(q[r * head_size + d + set]);
-                sums[set][r][0] += factor * k0;
-                sums[set][r][1] += factor * k1;
+                for (int part = 0; part < VECTORS; part++) sums[set][r][part] += factor * row[part];
             }
         }
     }
     for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++) {
-            Vector sum = sums[0][r][half];
-            if (SETS == 2) sum += sums[SETS - 1][r][half];
-            store(scores + r * KEYS + half * LANES, sum);
+        for (int part = 0; part < VECTORS; part++) {
+            Vector sum = sums[0][r][part];
+            for (int set = 1; set < SETS; set++) sum += sums[set][r][part];
+            store(scores + r * KEYS + part * LANES, sum);
         }
 }
 
@@ -142,27 +163,13 @@ INLINE void accumulate(const float* weights, const T* const* v, int num_groups, 
         for (int c = 0; c < C; c++) store(out + r * head_size + column + c * LANES, sums[r][c]);
 }
 
-template <int R, class T>
-INLINE void accumulate_all(const float* weights, const T* const* v, int num_groups, int head_size, float* out) {
-    constexpr int WIDE = R == 1 ? 8 : R <= 3 ? 4 : 2;
-    int column = 0;
-    for (; column + WIDE * LANES <= head_size; column += WIDE * LANES)
-        accumulate<R, WIDE, T>(weights, v, num_groups, head_size, out, column);
-    for (; column < head_size; column += LANES)
-        accumulate<R, 1, T>(weights, v, num_groups, head_size, out, column);
-}
-
-// Calls `run` with the number of rows as a constant.
-template <class F>
-INLINE void with_rows(int num_rows, F run) {
-    switch (num_rows) {
-        case 1: return run(std::integral_constant<int, 1>());
-        case 2: return run(std::integral_constant<int, 2>());
-        case 3: return run(std::integral_constant<int, 3>());
-        case 4: return run(std::integral_constant<int, 4>());
-        case 5: return run(std::integral_constant<int, 5>());
-        default: return run(std::integral_constant<int, TILE>());
-    }
+// As `accumulate`, for all columns from `column` on, C vectors at a time.
+template <int R, int C, class T>
+INLINE void accumulate_from(int column, const float* weights, const T* const* v, int num_groups, int head_size,
+                            float* out) {
+    for (; column + C * LANES <= head_size; column += C * LANES)
+        accumulate<R, C, T>(weights, v, num_groups, head_size, out, column);
+    if constexpr (C > 1) accumulate_from<R, C / 2, T>(column, weights, v, num_groups, head_size, out);
 }
 
 // Turns a row's scores into weights, and scales what the row has summed up so far to the new maximum.
@@ -189,7 +196,7 @@ INLINE void softmax_row(float* scores, int num_keys, int first_visible, int end_
         sums += weight;
     }
     *sum *= shrink;
-    for (int lane = 0; lane < LANES; lane++) *sum += sums[lane];
+    *sum += sum_of(sums);
     if (shrink != 1.f)
         for (int d = 0; d < head_size; d += LANES) store(out + d, load(out + d) * broadcast(shrink));
     *maximum = now;
@@ -254,7 +261,8 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
         }
         for (int r = 0; r < num_rows; r += TILE)
             with_rows(std::min(TILE, num_rows - r), [&](auto rows) {
-                accumulate_all<rows.value, T>(scores + r * KEYS, v, num_groups, H, out + r * H);
+                constexpr int R = rows.value, C = R == 1 ? 8 : R <= 3 ? 4 : 2;
+                accumulate_from<R, C, T>(0, scores + r * KEYS, v, num_groups, H, out + r * H);
             });
     }
     for (int r = 0; r < num_rows; r++) {
@@ -315,9 +323,104 @@ void write_all(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* ke
     }
 }
 
+// ---- matrix products
+//
+// A weight [O, I] is laid out in panels of PANEL outputs, [O / PANEL, I, PANEL], the last one filled up with zeros. So the
+// weight is read once from one end to the other, and a panel's part of DEPTH inputs stays in the L1 cache while all
+// rows of x go by.
+
+constexpr int PANEL = 2 * LANES;
+constexpr int64_t DEPTH = 4096 / LANES;
+
+// y[r][o] = start[r][o] + sum over i of x[r][i] * panel[i][o], for R rows and the PANEL outputs of a panel.
+template <int R>
+INLINE void multiply(const float* x, int64_t x_stride, const float* panel, int64_t depth, const float* start,
+                     int64_t start_stride, float* y, int64_t y_stride) {
+    constexpr int VECTORS = PANEL / LANES, SETS = num_sets(R * VECTORS);
+    Vector sums[SETS][R][VECTORS] = {};
+    for (int r = 0; r < R; r++)
+        for (int part = 0; part < VECTORS; part++) sums[0][r][part] = load(start + r * start_stride + part * LANES);
+    auto add = [&](int set, int64_t i) {
+        Vector weights[VECTORS];
+        for (int part = 0; part < VECTORS; part++) weights[part] = load(panel + i * PANEL + part * LANES);
+        for (int r = 0; r < R; r++) {
+            Vector factor = broadcast(x[r * x_stride + i]);
+            for (int part = 0; part < VECTORS; part++) sums[set][r][part] += factor * weights[part];
+        }
+    };
+    int64_t i = 0;
+    for (; i + SETS <= depth; i += SETS)
+        for (int set = 0; set < SETS; set++) {
+            if (SETS > 1) __builtin_prefetch(panel + (i + set + 32) * PANEL);
+            add(set, i + set);
+        }
+    for (; i < depth; i++) add(0, i);
+    for (int r = 0; r < R; r++)
+        for (int part = 0; part < VECTORS; part++) {
+            Vector sum = sums[0][r][part];
+            for (int set = 1; set < SETS; set++) sum += sums[set][r][part];
+            store(y + r * y_stride + part * LANES, sum);
+        }
+}
+
+// All rows of x times one panel; `bias` has PANEL values.
+void multiply_panel(const float* x, int64_t num_rows, int64_t num_inputs, const float* panel, const float* bias,
+                    float* y, int64_t y_stride) {
+    for (int64_t i = 0; i < num_inputs; i += DEPTH) {
+        const int64_t depth = std::min(DEPTH, num_inputs - i);
+        for (int64_t r = 0; r < num_rows; r += TILE)
+            with_rows(std::min<int64_t>(TILE, num_rows - r), [&](auto rows) {
+                float* to = y + r * y_stride;
+                multiply<rows.value>(x + r * num_inputs + i, num_inputs, panel + i * PANEL, depth, i ? to : bias,
+                                     i ? y_stride : 0, to, y_stride);
+            });
+    }
+}
+
+void multiply_all(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, int64_t num_outputs,
+                  const float* bias, float* y) {
+    const int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
+    const int num_threads = num_rows * num_inputs * num_outputs < 1 << 15 ? 1 : omp_get_max_threads();
+    const int64_t share = std::max<int64_t>(1, num_panels / (num_threads * 8));
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        std::vector<float> last(num_outputs % PANEL ? num_rows * PANEL : 0);
+        for (int64_t first; (first = next.fetch_add(share)) < num_panels;)
+            for (int64_t index = first; index < std::min(first + share, num_panels); index++) {
+                const int64_t output = index * PANEL, width = std::min<int64_t>(PANEL, num_outputs - output);
+                float start[PANEL] = {};
+                if (bias) std::memcpy(start, bias + output, sizeof(float) * width);
+                const float* panel = panels + output * num_inputs;
+                if (width == PANEL) {
+                    multiply_panel(x, num_rows, num_inputs, panel, start, y + output, num_outputs);
+                    continue;
+                }
+                multiply_panel(x, num_rows, num_inputs, panel, start, last.data(), PANEL);
+                for (int64_t r = 0; r < num_rows; r++)
+                    std::memcpy(y + r * num_outputs + output, last.data() + r * PANEL, sizeof(float) * width);
+            }
+    }
+}
+
+// ---- what is done to each row
+
+// Calls `run` for each row, on several threads if there is enough to do.
+template <class F>
+INLINE void for_rows(int64_t num_rows, int64_t row_size, F run) {
+#pragma omp parallel for if (num_rows * row_size > 1 << 15)
+    for (int64_t row = 0; row < num_rows; row++) run(row);
+}
+
 }  // namespace
 
 extern "C" {
+
+// Sizes of rows must be multiples of this.
+int sarathi_lanes() { return LANES; }
+
+// Outputs of a panel of `sarathi_linear`.
+int sarathi_panel() { return PANEL; }
 
 // q is [T, N, H] and out [T, N, H] float32, the former with q_stride elements between tokens. The pools hold float32 or
 // bfloat16. cu_query_lens is [R + 1], seq_lens [R], window 0 for none.
@@ -347,5 +450,65 @@ void sarathi_write_kv(const void* k, int64_t k_stride, const void* v, int64_t v_
         write(static_cast<bfloat16*>(nullptr));
     else
         write(static_cast<float*>(nullptr));
+}
+
+// x is [T, I] and y [T, O] float32, bias [O] or null; for the panels see above.
+void sarathi_linear(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, int64_t num_outputs,
+                    const float* bias, float* y) {
+    multiply_all(x, num_rows, num_inputs, panels, num_outputs, bias, y);
+}
+
+// y = norm(x + residual) * weight and total = x + residual, all [T, D] float32, D a multiple of the lanes. Without a residual,
+// total is not written.
+void sarathi_rms_norm(const float* x, const float* residual, const float* weight, float* y, float* total,
+                      int64_t num_rows, int64_t size, float eps) {
+    for_rows(num_rows, size, [=](int64_t row) {
+        const float* from = x + row * size;
+        Vector squares = {};
+        if (residual) {
+            float* sums = total + row * size;
+            for (int64_t d = 0; d < size; d += LANES) {
+                Vector sum = load(from + d) + load(residual + row * size + d);
+                store(sums + d, sum);
+                squares += sum * sum;
+            }
+            from = sums;
+        } else {
+            for (int64_t d = 0; d < size; d += LANES) squares += load(from + d) * load(from + d);
+        }
+        const Vector scale = broadcast(1.f / std::sqrt(sum_of(squares) / size + eps));
+        for (int64_t d = 0; d < size; d += LANES)
+            store(y + row * size + d, load(from + d) * scale * load(weight + d));
+    });
+}
+
+// Rotates x, [T, N, H] float32 with x_stride elements between tokens, in place; cos and sin are [T, H / 2].
+void sarathi_rotary(float* x, int64_t x_stride, const float* cos, const float* sin, int64_t num_tokens, int num_heads,
+                    int head_size) {
+    const int half = head_size / 2;
+    for_rows(num_tokens, (int64_t)num_heads * head_size, [=](int64_t token) {
+        const float *c = cos + token * half, *s = sin + token * half;
+        for (int head = 0; head < num_heads; head++) {
+            float *first = x + token * x_stride + head * head_size, *second = first + half;
+            for (int d = 0; d < half; d++) {
+                const float a = first[d], b = second[d];
+                first[d] = a * c[d] - b * s[d];
+                second[d] = b * c[d] + a * s[d];
+            }
+        }
+    });
+}
+
+// y = silu(gate) * up, [T, F] float32, of gate and up side by side, [T, 2 F]; F is a multiple of the lanes.
+void sarathi_silu_mul(const float* gate_up, float* y, int64_t num_rows, int64_t size) {
+    for_rows(num_rows, size, [=](int64_t row) {
+        const float *gate = gate_up + row * 2 * size, *up = gate + size;
+        for (int64_t d = 0; d < size; d += LANES) {
+            // With e = exp(-|g|), silu(g) is g / (1 + e) above 0 and g e / (1 + e) below: nothing overflows.
+            const Vector g = load(gate + d);
+            const Vector e = exp2_of_negative((g < 0.f ? g : -g) * LOG2_E);
+            store(y + row * size + d, g * (g < 0.f ? e : broadcast(1.f)) / (1.f + e) * load(up + d));
+        }
+    });
 }
 }

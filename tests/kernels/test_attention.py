@@ -24,7 +24,7 @@ class Case:
     block_size: int = 16
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_size: int = 8
+    head_size: int = 16
     sliding_window: int | None = None
 
 
@@ -40,6 +40,7 @@ CASES = {
     "multi-head": Case(lens=MIXED, num_heads=3, num_kv_heads=3),
     "blocks-of-64": Case(lens=MIXED, block_size=64, sliding_window=37),
     "head-size-40": Case(lens=MIXED, head_size=40),
+    "head-size-48": Case(lens=MIXED, head_size=48),
     "head-size-128": Case(lens=MIXED, head_size=128, num_heads=8),
     "many-query-heads-for-one": Case(lens=MIXED, num_heads=71, num_kv_heads=1, head_size=64),
     "decodes-only": Case(lens=tuple((1, context) for context in range(0, 400, 9))),

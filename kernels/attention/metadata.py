@@ -6,6 +6,7 @@ Dimensions: T tokens in the step; R requests; S tokens per block; M longest bloc
     |<---------------- seq_len -------------->|
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,47 +57,16 @@ class ChunkPiece:
     block_ids: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
     """Attention's view of a step: requests with a single token first, then chunks.
 
-    Args:
+    Attributes:
         positions: Of each token in its request, [T] int64.
         slot_mapping: Block id * S + offset of each token, [T] int64.
         new_block_ids: Blocks whose first slot is written in this step, int64.
         cu_query_lens: First token of each request, and T, [R + 1] int32.
-        context_lens: [R] int32; `seq_lens` likewise.
+        seq_lens: [R] int32.
         block_tables: Padded with each request's own first block, [R, M] int32.
-        max_query_len: Longest chunk; `max_seq_len` likewise.
-        num_decodes: Leading requests with a single token; they are what `decode_groups` holds.
-        decode_groups: The decodes by length, for backends that pad.
-        chunk_pieces: The other requests, for backends that loop.
-    """
-
-    positions: Tensor
-    slot_mapping: Tensor
-    new_block_ids: Tensor
-    cu_query_lens: Tensor
-    context_lens: Tensor
-    seq_lens: Tensor
-    block_tables: Tensor
-    max_query_len: int
-    max_seq_len: int
-    num_decodes: int
-    decode_groups: tuple[DecodeGroup, ...]
-    chunk_pieces: tuple[ChunkPiece, ...]
-
-
-def build_metadata(
-    *,
-    query_lens: _IntArray,
-    context_lens: _IntArray,
-    block_tables: _IntArray,
-    num_blocks: _IntArray,
-    block_size: int,
-    device: torch.device,
-) -> AttentionMetadata:
-    """Work out a step's metadata.
 
     Args:
         query_lens: Tokens of each request in the step, [R]; at least one request, at least one token each.
@@ -106,55 +76,73 @@ def build_metadata(
         block_size: Tokens per block.
         device: Where the tensors go.
     """
-    query_lens = query_lens.astype(np.int64)
-    seq_lens = context_lens + query_lens
-    cu_query_lens = np.concatenate(([0], np.cumsum(query_lens)))
-    num_needed = -(-seq_lens // block_size)
-    tables = _pad_block_tables(block_tables, num_blocks.astype(np.int64), num_needed)
 
-    # The tokens of a chunk are at successive positions: count all tokens, and shift each request's.
-    request_of = np.repeat(np.arange(len(query_lens)), query_lens)
-    positions = np.arange(cu_query_lens[-1]) + (context_lens - cu_query_lens[:-1])[request_of]
-    block_ids = tables[request_of, positions // block_size]
-    offsets = positions % block_size
-    is_chunk = query_lens > 1
-    num_decodes = int(is_chunk.argmax()) if is_chunk.any() else len(query_lens)
+    def __init__(
+        self,
+        *,
+        query_lens: _IntArray,
+        context_lens: _IntArray,
+        block_tables: _IntArray,
+        num_blocks: _IntArray,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self._query_lens = query_lens = query_lens.astype(np.int64)
+        self._context_lens = context_lens
+        self._seq_lens = seq_lens = context_lens + query_lens
+        self._first_tokens = cu_query_lens = np.concatenate(([0], np.cumsum(query_lens)))
+        self._num_needed = num_needed = -(-seq_lens // block_size)
+        self._tables = tables = _pad_block_tables(block_tables, num_blocks.astype(np.int64), num_needed)
+        self._block_size = block_size
+        self._device = device
 
-    def tensor(array: _IntArray, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(array, dtype=dtype, device=device)
+        # The tokens of a chunk are at successive positions: count all tokens, and shift each request's.
+        request_of = np.repeat(np.arange(len(query_lens)), query_lens)
+        positions = np.arange(cu_query_lens[-1]) + (context_lens - cu_query_lens[:-1])[request_of]
+        block_ids = tables[request_of, positions // block_size]
+        offsets = positions % block_size
+        is_chunk = query_lens > 1
+        self._num_decodes = int(is_chunk.argmax()) if is_chunk.any() else len(query_lens)
 
-    return AttentionMetadata(
-        positions=tensor(positions, torch.int64),
-        slot_mapping=tensor(block_ids * block_size + offsets, torch.int64),
-        new_block_ids=tensor(block_ids[offsets == 0], torch.int64),
-        cu_query_lens=tensor(cu_query_lens, torch.int32),
-        context_lens=tensor(context_lens, torch.int32),
-        seq_lens=tensor(seq_lens, torch.int32),
-        block_tables=tensor(tables, torch.int32),
-        max_query_len=int(query_lens.max()),
-        max_seq_len=int(seq_lens.max()),
-        num_decodes=num_decodes,
-        decode_groups=tuple(
+        self.positions = self._tensor(positions, torch.int64)
+        self.slot_mapping = self._tensor(block_ids * block_size + offsets, torch.int64)
+        self.new_block_ids = self._tensor(block_ids[offsets == 0], torch.int64)
+        self.cu_query_lens = self._tensor(cu_query_lens, torch.int32)
+        self.seq_lens = self._tensor(seq_lens, torch.int32)
+        self.block_tables = self._tensor(tables, torch.int32)
+
+    @functools.cached_property
+    def decode_groups(self) -> tuple[DecodeGroup, ...]:
+        """The leading requests with a single token, by length, for backends that pad."""
+        return tuple(
             DecodeGroup(
-                rows=tensor(rows, torch.int64),
-                block_ids=tensor(tables[rows, : num_needed[rows].max()], torch.int64),
-                seq_lens=tensor(seq_lens[rows, None], torch.int64),
+                rows=self._tensor(rows, torch.int64),
+                block_ids=self._tensor(self._tables[rows, : self._num_needed[rows].max()], torch.int64),
+                seq_lens=self._tensor(self._seq_lens[rows, None], torch.int64),
             )
-            for rows in _group_decodes(num_needed[:num_decodes], block_size)
-        ),
-        chunk_pieces=tuple(
+            for rows in _group_decodes(self._num_needed[: self._num_decodes], self._block_size)
+        )
+
+    @functools.cached_property
+    def chunk_pieces(self) -> tuple[ChunkPiece, ...]:
+        """The other requests, for backends that loop."""
+        return tuple(
             ChunkPiece(
                 start=start,
                 query_len=query_len,
                 context_len=context_len,
-                block_ids=tensor(tables[request, : -(-(context_len + query_len) // block_size)], torch.int64),
+                block_ids=self._tensor(
+                    self._tables[request, : -(-(context_len + query_len) // self._block_size)], torch.int64
+                ),
             )
-            for request in range(num_decodes, len(query_lens))
+            for request in range(self._num_decodes, len(self._query_lens))
             for start, query_len, context_len in _cut(
-                int(cu_query_lens[request]), int(query_lens[request]), int(context_lens[request])
+                int(self._first_tokens[request]), int(self._query_lens[request]), int(self._context_lens[request])
             )
-        ),
-    )
+        )
+
+    def _tensor(self, array: _IntArray, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(array, dtype=dtype, device=self._device)
 
 
 def _pad_block_tables(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, build_metadata
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 from rayserve_sarathi.step import StepInput
 
 
@@ -31,7 +31,7 @@ def build_model_input(step: StepInput, *, block_size: int, device: torch.device)
     """Copy the step to the device."""
     return ModelInput(
         token_ids=torch.tensor(step.token_ids, dtype=torch.int64, device=device),
-        metadata=build_metadata(
+        metadata=AttentionMetadata(
             query_lens=step.query_lens,
             context_lens=step.context_lens,
             block_tables=step.block_tables,

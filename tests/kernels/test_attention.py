@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
-from rayserve_sarathi.kernels.attention.metadata import build_metadata
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 from rayserve_sarathi.kernels.native import NativeBuildError
 from rayserve_sarathi.registry import load
 
@@ -86,7 +86,7 @@ def run(backend: AttentionBackend, case: Case, dtype: torch.dtype) -> tuple[Tens
         return torch.randn(num_tokens, num_heads, case.head_size, generator=generator).to(dtype)
 
     def metadata_of(new: np.ndarray, before: np.ndarray, chosen: np.ndarray):
-        return build_metadata(
+        return AttentionMetadata(
             query_lens=new,
             context_lens=before,
             block_tables=np.concatenate([tables[request] for request in chosen]).astype(np.int32),

@@ -1,14 +1,14 @@
 import numpy as np
 import torch
 
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, build_metadata
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 
 
 def build(lens: list[tuple[int, int]], *, block_size: int = 4) -> AttentionMetadata:
     """Build the metadata of (query_len, context_len) requests whose blocks are numbered from 100 on."""
     query_lens, context_lens = (np.array(values, dtype=np.int32) for values in zip(*lens, strict=True))
     num_blocks = -(-(query_lens + context_lens) // block_size)
-    return build_metadata(
+    return AttentionMetadata(
         query_lens=query_lens,
         context_lens=context_lens,
         block_tables=np.arange(100, 100 + num_blocks.sum(), dtype=np.int32),
@@ -21,12 +21,10 @@ def build(lens: list[tuple[int, int]], *, block_size: int = 4) -> AttentionMetad
 def test_positions_and_slots_of_a_mixed_step() -> None:
     metadata = build([(1, 5), (1, 0), (3, 2)])
 
-    assert metadata.num_decodes == 2
     assert metadata.positions.tolist() == [5, 0, 2, 3, 4]
     assert metadata.slot_mapping.tolist() == [101 * 4 + 1, 102 * 4, 103 * 4 + 2, 103 * 4 + 3, 104 * 4]
     assert metadata.cu_query_lens.tolist() == [0, 1, 2, 5]
     assert metadata.seq_lens.tolist() == [6, 1, 5]
-    assert (metadata.max_query_len, metadata.max_seq_len) == (3, 6)
 
 
 def test_blocks_that_are_begun_in_the_step_are_named() -> None:
@@ -58,7 +56,7 @@ def test_a_chunk_is_cut_into_pieces_that_see_no_more_blocks_than_they_need() -> 
 
 
 def test_blocks_that_hold_no_token_yet_are_not_looked_at() -> None:
-    metadata = build_metadata(
+    metadata = AttentionMetadata(
         query_lens=np.array([1, 1]),
         context_lens=np.array([2, 9]),
         block_tables=np.array([7, 8, 9, 4, 5, 6]),

@@ -118,14 +118,14 @@ struct Task {
 // scores[r][t] = sum over d of q[r][d] * k[d][t], for R rows and GROUP tokens.
 template <int R, class T>
 INLINE void score(const float* q, int head_size, const T* k, int64_t k_stride, float* scores, const T* next_k,
-                  const T* next_v) {
+                  const T* v) {
     constexpr int VECTORS = GROUP / LANES, SETS = num_sets(R * VECTORS);
     Vector sums[SETS][R][VECTORS] = {};
     for (int d = 0; d < head_size; d += SETS) {
-        // The next group may be in another block, where the hardware does not look.
+        // Of the group after this one, and of this one's values: they may be in other blocks, where no hardware looks.
         for (int set = 0; set < SETS; set++) {
             __builtin_prefetch(next_k + (d + set) * k_stride);
-            __builtin_prefetch(next_v + (d + set) * GROUP);
+            __builtin_prefetch(v + (d + set) * GROUP);
         }
         for (int set = 0; set < SETS; set++) {
             Vector row[VECTORS];
@@ -238,19 +238,17 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
     for (int first_key = first_seen / GROUP * GROUP; first_key < end; first_key += KEYS) {
         const int num_groups = std::min(GROUPS, (end - first_key + GROUP - 1) / GROUP);
         const T *k[GROUPS + 1], *v[GROUPS + 1];
-        for (int group = 0; group < num_groups; group++) {
-            const int position = first_key + group * GROUP;
+        for (int group = 0; group <= num_groups; group++) {
+            const int position = std::min(first_key + group * GROUP, end - 1);
             const int64_t head = ((int64_t)table[position / S] * cache.num_kv_heads + task.head) * H * S;
             k[group] = static_cast<const T*>(cache.keys) + head + position % S;
             v[group] = static_cast<const T*>(cache.values) + head + (int64_t)(position % S) * H;
         }
-        k[num_groups] = k[num_groups - 1];
-        v[num_groups] = v[num_groups - 1];
         for (int group = 0; group < num_groups; group++)
             for (int r = 0; r < num_rows; r += TILE)
                 with_rows(std::min(TILE, num_rows - r), [&](auto rows) {
                     score<rows.value, T>(q + r * H, H, k[group], S, scores + r * KEYS + group * GROUP, k[group + 1],
-                                         v[group + 1]);
+                                         v[group]);
                 });
         const int num_keys = num_groups * GROUP;
         for (int r = 0; r < num_rows; r++) {

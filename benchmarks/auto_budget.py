@@ -12,10 +12,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,6 +31,8 @@ from rayserve_sarathi.step_shape import StepShape, StepTimeModel
 CASES = ("mistral-7b/strict", "mistral-7b/relaxed", "yi-34b/strict", "yi-34b/relaxed")
 PIPELINE_CASES = ("falcon-180b/strict", "falcon-180b/relaxed")
 TOLERANCE = 0.01
+WORTHLESS = 0.5
+"""Of the rate where searches begin: what does not keep up at this counts as 0, however slow it is."""
 
 
 class ScaledModel:
@@ -66,7 +68,7 @@ class Budget(NamedTuple):
     factor: float | None = None
 
 
-FIXED = tuple(map(Budget, (256, 512, 768, 1024, 1536, 2048, 4096)))
+FIXED = tuple(map(Budget, (384, 512, 640, 768, 1024, 1536, 2048)))
 AUTO = {"auto": Budget("auto"), "from roofline x 0.5": Budget("auto", 0.5), "x 2": Budget("auto", 2.0)}
 
 
@@ -94,7 +96,15 @@ def search(what: Search, data: Path | None) -> float:
         prior = ScaledModel(roofline, what.budget.factor)
     scheduler = SchedulerConfig(token_budget=what.budget.tokens, max_num_seqs=MAX_NUM_SEQS)
     system = make_system(system_config(model, scheduler, data, slo=SloConfig(tbt_s=target.tbt_s)), prior=prior)
-    return find_system_capacity(system, deployment, target, seed=what.seed, data=data, tolerance=TOLERANCE).rate
+    return find_system_capacity(
+        system,
+        deployment,
+        target,
+        seed=what.seed,
+        data=data,
+        tolerance=TOLERANCE,
+        min_rate=WORTHLESS * deployment.first_rate,
+    ).rate
 
 
 def main() -> None:
@@ -106,17 +116,31 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = CASES if arguments.quick else CASES + PIPELINE_CASES
     seeds = range(1 if arguments.quick else NUM_SEEDS)
-    todo = [Search(*each) for each in product(cases, (*FIXED, *AUTO.values()), seeds)]
+    budgets = (*FIXED, *AUTO.values())
     begin_s = time.perf_counter()
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        rates = dict(zip(todo, pool.map(partial(search, data=arguments.data), todo), strict=True))
+        todo = [Search(*each) for each in product(cases, budgets, seeds)]
+        found = zip(todo, pool.map(partial(search, data=arguments.data), todo), strict=True)
+        capacities, shares = tell(cases, budgets, seeds, found)
+    figures: dict[str, Figure] = {
+        "step_times": "data sheets" if arguments.data is None else "public profiles",
+        "num_seeds": len(seeds),
+        "capacity_requests_per_s": capacities,
+        "share_of_best_fixed": shares,
+        "took_s": time.perf_counter() - begin_s,
+    }
+    write_report(figures, path=arguments.json)
+
+
+def tell(
+    cases: Sequence[str], budgets: Sequence[Budget], seeds: range, found: Iterator[tuple[Search, float]]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Write a line for each case as soon as its capacities are `found`; return them, and what `auto` reaches."""
     capacities: dict[str, dict[str, float]] = {}
     shares: dict[str, dict[str, float]] = {}
     for case in cases:
-        means = {
-            budget: statistics.mean(rates[Search(case, budget, seed)] for seed in seeds)
-            for budget in (*FIXED, *AUTO.values())
-        }
+        rates = dict(islice(found, len(budgets) * len(seeds)))
+        means = {budget: statistics.mean(rates[Search(case, budget, seed)] for seed in seeds) for budget in budgets}
         best = max(FIXED, key=lambda budget: means[budget])
         model, _, target = case.partition("/")
         own = Budget(DEPLOYMENTS[model].targets[target].token_budget)
@@ -126,14 +150,8 @@ def main() -> None:
         told = "   ".join(f"{name} {rate:.3f} ({shares[case][name]:.1%})" for name, rate in auto.items())
         fixed = f"best fixed ({best.tokens}) {means[best]:.3f}   the paper's ({own.tokens}) {means[own]:.3f}"
         sys.stdout.write(f"{case:<20} {fixed}   {told}\n")
-    figures: dict[str, Figure] = {
-        "step_times": "data sheets" if arguments.data is None else "public profiles",
-        "num_seeds": len(seeds),
-        "capacity_requests_per_s": capacities,
-        "share_of_best_fixed": shares,
-        "took_s": time.perf_counter() - begin_s,
-    }
-    write_report(figures, path=arguments.json)
+        sys.stdout.flush()
+    return capacities, shares
 
 
 if __name__ == "__main__":

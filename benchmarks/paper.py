@@ -175,13 +175,18 @@ def find_system_capacity(
     seed: int,
     data: Path | None,
     tolerance: float = 0.025,
+    min_rate: float = 0.01,
 ) -> Capacity[SimulationResult]:
     """Return the capacity of a system for the chat trace, or what was fitted to it; `data` as in `search`."""
     lengths = SHAREGPT_LENGTHS if data is None else read_trace(data / "traces" / TRACE)
     workload = make_workload(lengths, num_requests=NUM_REQUESTS, seed=seed, max_total_tokens=MAX_MODEL_LEN)
     criteria = Criteria(p99_tbt_s=target.tbt_s)
     return find_capacity(
-        system.at_rates(workload, criteria), criteria, first_rate=deployment.first_rate, tolerance=tolerance
+        system.at_rates(workload, criteria),
+        criteria,
+        first_rate=deployment.first_rate,
+        min_rate=min_rate,
+        tolerance=tolerance,
     )
 
 

@@ -3,10 +3,11 @@
 python benchmarks/real_engine.py [--quick] [--data DIR] [--json PATH]
 
 A model of 100M parameters with random weights, in this process; requests of the paper's chat trace with all lengths
-divided by 16, Poisson arrivals. The target is the paper's strict one, five times as long as a step of 32 decodes with
-4,096 / 16 tokens of context each takes. First the model's steps are measured, as `sarathi profile` does; from these the
-capacity of `sarathi` with `token_budget: auto` is predicted. Then the engine serves 60% of it under both policies, and
-the same requests are simulated. Last, the capacity of both policies is searched for with the engine itself.
+divided by 16, Poisson arrivals. The target is as strict as the paper's, which is five times as long as a step of 32
+decodes takes with 4,096 tokens of context each, about as many as its GPUs run at once; here it is a step of 4 with 256.
+First the model's steps are measured, as `sarathi profile` does; from these the capacity of `sarathi` with
+`token_budget: auto` is predicted. Then the engine serves 60% of it under both policies, and the same requests are
+simulated. Last, the capacity of both policies is searched for with the engine itself.
 """
 
 import argparse
@@ -54,6 +55,7 @@ NUM_BLOCKS = 4096
 BLOCK_SIZE = 16
 LOAD = 0.6
 STRICT = 5
+NUM_DECODES = 4
 TOLERANCE = 0.1
 GRID = Grid(
     decodes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64),
@@ -181,13 +183,12 @@ def measure_steps(config: EngineConfig, folder: Path) -> StepTimeModel:
 
 
 def strict_target_s(model: StepTimeModel) -> float:
-    """Return the paper's strict target (section 5): five times a step of 32 decodes with 4k tokens each, divided."""
-    num_decodes, context_len = 32, 4096 // DIVISOR
+    """Return a target as strict as the paper's (section 5); see the module."""
     step = StepShape(
-        num_decodes=num_decodes,
-        decode_context_tokens=num_decodes * context_len,
+        num_decodes=NUM_DECODES,
+        decode_context_tokens=NUM_DECODES * (4096 // DIVISOR),
         chunks=(),
-        num_samples=num_decodes,
+        num_samples=NUM_DECODES,
     )
     return STRICT * (max(model.stage_times_s(step)) + model.cpu_s(step))
 
@@ -211,12 +212,13 @@ def compare(measured: Served, simulated: SimulationResult) -> dict[str, Figure]:
 def main() -> None:
     """Measure the steps, predict, serve, search, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer requests, and no search for the engine's capacity")
+    parser.add_argument("--quick", action="store_true", help="do not search for the engine's capacity")
+    parser.add_argument("--num-requests", type=int, default=100, metavar="N", help="of each run (default: %(default)s)")
     parser.add_argument("--data", type=Path, default=find_data(), help="folder with traces/")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    workload = draw_requests(arguments.data, num_requests=100 if arguments.quick else 300)
+    workload = draw_requests(arguments.data, num_requests=arguments.num_requests)
     with tempfile.TemporaryDirectory() as name:
         config = make_config(Path(name))
         # See `Stage.load`.
@@ -245,7 +247,8 @@ def main() -> None:
         at_load = workload.at_rate(LOAD * predicted["sarathi"])
         for policy, scheduler in SCHEDULERS.items():
             server = Server(replace(config, scheduler=scheduler))
-            figures[policy] = compare(asyncio.run(server.serve(at_load, give_up_s=None)), systems[policy].run(at_load))
+            served = asyncio.run(server.serve(at_load, give_up_s=None))
+            figures[policy] = compare(served, systems[policy].run(at_load))
         if not arguments.quick:
             capacities = {
                 policy: search(Server(replace(config, scheduler=scheduler)), workload, criteria, predicted[policy])
@@ -264,6 +267,7 @@ def search(server: Server, workload: Workload, criteria: Criteria, first_rate: f
         sys.stdout.write(
             f"{rate:.2f}/s: P99 TBT {served.p99_tbt_s:.3f} s, delay {served.median_scheduling_delay_s:.2f} s\n"
         )
+        sys.stdout.flush()
         return served
 
     found: Capacity[Served] = find_capacity(run, criteria, first_rate=first_rate, tolerance=TOLERANCE)

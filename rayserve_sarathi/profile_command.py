@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the KV cache; steps that need more are left out (default: %(default)s)",
     )
     group.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="of each step, the least counts (default: %(default)s)"
+        "--repeats", type=int, default=5, metavar="N", help="of each step, the median counts (default: %(default)s)"
     )
 
 

@@ -19,7 +19,7 @@ class Grid:
         decode_contexts: Tokens before each of them.
         chunks: Tokens of a step with a single chunk, at least 2.
         chunk_contexts: Tokens before it.
-        repeats: How often each step is measured; the least time counts.
+        repeats: How often each step is measured; the median counts.
 
     Raises:
         ConfigError: A list is empty, or a number is out of range.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from statistics import median
 from typing import TypeVar
 
 import torch
@@ -66,11 +67,11 @@ class ClockTimes:
 def parts_of(readings: Sequence[ClockTimes]) -> StepTimes:
     """Return the parts of a step that was timed several times.
 
-    Of each reading the least counts, as others on the machine only add to it. Then the rest of the layers is a
-    difference of two such: the least of the differences would be that of a long attention and a short whole.
+    Of each reading the median counts, which is what a run sees of the machine: what else runs on it adds to most
+    readings a little. The rest of the layers is a difference of such medians, and not the median of differences.
     """
     prepare_s, embed_s, forward_s, attention_s, sample_s = (
-        min(getattr(reading, field.name) for reading in readings) for field in fields(ClockTimes)
+        median(getattr(reading, field.name) for reading in readings) for field in fields(ClockTimes)
     )
     attention_s = min(attention_s, forward_s)
     return StepTimes(

@@ -127,7 +127,7 @@ def test_parts_of_a_step_are_not_negative_and_attention_is_one_of_them(clock: St
     assert times.total_s == pytest.approx(float(np.sum(parts)))
 
 
-def test_a_part_that_is_a_difference_is_that_of_the_least_times():
+def test_a_part_that_is_a_difference_is_that_of_typical_times():
     quiet = {"prepare_s": 1.0, "embed_s": 2.0, "forward_s": 20.0, "attention_s": 5.0, "sample_s": 3.0}
     readings = [ClockTimes(**quiet | disturbed) for disturbed in ({"attention_s": 9.0}, {"forward_s": 30.0}, {})]
 

@@ -3,9 +3,8 @@
 python benchmarks/real_engine.py [--quick] [--data DIR] [--json PATH]
 
 A model of 100M parameters with random weights, in this process; requests of the paper's chat trace with all lengths
-divided by 16, Poisson arrivals. The target is as strict as the paper's, which is five times as long as a step of 32
-decodes takes with 4,096 tokens of context each, about as many as its GPUs run at once; here it is a step of 4 with 256.
-First the model's steps are measured, as `sarathi profile` does; from these the capacity of `sarathi` with
+divided by 16, Poisson arrivals. The target is the paper's strict one, five times as long as a step of 32 decodes with
+4,096 / 16 tokens of context each takes. First the model's steps are measured, as `sarathi profile` does; from these the capacity of `sarathi` with
 `token_budget: auto` is predicted. Then the engine serves 60% of it under both policies, and the same requests are
 simulated. Last, the capacity of both policies is searched for with the engine itself.
 """
@@ -55,7 +54,7 @@ NUM_BLOCKS = 4096
 BLOCK_SIZE = 16
 LOAD = 0.6
 STRICT = 5
-NUM_DECODES = 4
+NUM_DECODES = 32
 TOLERANCE = 0.1
 GRID = Grid(
     decodes=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64),
@@ -109,16 +108,22 @@ class Server:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._info = resolve_model(config)
-        self._delivered = asyncio.Event()
-        self._num_open = 0
 
     async def serve(self, workload: Workload, *, give_up_s: float | None) -> Served:
         """Serve `workload`; end as soon as more than one gap in a hundred is certain to exceed `give_up_s`."""
+        delivered = asyncio.Event()
+        num_open = len(workload)
+
+        def deliver(outputs: Iterable[RequestOutput]) -> None:
+            nonlocal num_open
+            num_open -= sum(output.finish_reason is not None for output in outputs)
+            delivered.set()
+
         pipeline, num_blocks = await asyncio.to_thread(
             make_inline_pipeline, self._config, num_threads=torch.get_num_threads()
         )
         scheduler = make_scheduler(self._config, self._info, num_blocks=num_blocks)
-        engine = Engine(scheduler, pipeline, deliver=self._deliver, rebuild_limit=RebuildLimit(0, window_s=1.0))
+        engine = Engine(scheduler, pipeline, deliver=deliver, rebuild_limit=RebuildLimit(0, window_s=1.0))
         await engine.warm_up(MAX_MODEL_LEN)
         ttft, delays, gaps = GapLog(), GapLog(), GapLog(float("inf") if give_up_s is None else give_up_s)
         scheduler.metrics.time_to_first_token_s = ttft
@@ -126,22 +131,17 @@ class Server:
         scheduler.metrics.inter_token_latency_s = gaps
         max_num_above = most_long_gaps(int(workload.num_output_tokens.sum()) - len(workload))
         running = asyncio.create_task(engine.run())
-        self._num_open = len(workload)
         sending = asyncio.create_task(self._send(engine, workload))
         try:
-            while self._num_open and (give_up_s is None or gaps.num_above <= max_num_above):
-                self._delivered.clear()
-                await self._delivered.wait()
+            while num_open and (give_up_s is None or gaps.num_above <= max_num_above):
+                delivered.clear()
+                await delivered.wait()
         finally:
             sending.cancel()
             running.cancel()
             await asyncio.gather(sending, running, return_exceptions=True)
             await pipeline.close()
-        return Served(ttft=ttft.gaps(), delays=delays.gaps(), gaps=gaps.gaps(), is_complete=not self._num_open)
-
-    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        self._num_open -= sum(output.finish_reason is not None for output in outputs)
-        self._delivered.set()
+        return Served(ttft=ttft.gaps(), delays=delays.gaps(), gaps=gaps.gaps(), is_complete=not num_open)
 
     async def _send(self, engine: Engine, workload: Workload) -> None:
         rng = np.random.default_rng(0)
@@ -183,7 +183,7 @@ def measure_steps(config: EngineConfig, folder: Path) -> StepTimeModel:
 
 
 def strict_target_s(model: StepTimeModel) -> float:
-    """Return a target as strict as the paper's (section 5); see the module."""
+    """Return the paper's strict target (section 5), with its lengths divided."""
     step = StepShape(
         num_decodes=NUM_DECODES,
         decode_context_tokens=NUM_DECODES * (4096 // DIVISOR),

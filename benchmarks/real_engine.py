@@ -4,9 +4,9 @@ python benchmarks/real_engine.py [--quick] [--data DIR] [--json PATH]
 
 A model of 100M parameters with random weights, in this process; requests of the paper's chat trace with all lengths
 divided by 16, Poisson arrivals. The target is the paper's strict one, five times as long as a step of 32 decodes with
-4,096 / 16 tokens of context each takes. First the model's steps are measured, as `sarathi profile` does; from these the capacity of `sarathi` with
-`token_budget: auto` is predicted. Then the engine serves 60% of it under both policies, and the same requests are
-simulated. Last, the capacity of both policies is searched for with the engine itself.
+4,096 / 16 tokens of context each takes. First the model's steps are measured, as `sarathi profile` does; from these the
+capacity of `sarathi` with `token_budget: auto` is predicted. Then the engine serves 60% of it under both policies, and
+the same requests are simulated. Last, the capacity of both policies is searched for with the engine itself.
 """
 
 import argparse

@@ -17,11 +17,12 @@ def write_kv(
     Args:
         k: New keys, [T, K, H]; `v` likewise.
         k_cache: Key pool, [P, K, S, H]; `v_cache` likewise.
-        slot_mapping: Block id * S + offset of each token, [T] int64.
-        new_block_ids: Blocks whose first slot is in `slot_mapping`, int64.
+        slot_mapping: Block id * S + offset of each token, [T] int32.
+        new_block_ids: Blocks whose first slot is in `slot_mapping`, int32.
     """
     block_size = k_cache.shape[2]
+    slot_mapping = slot_mapping.long()
     slots = (slot_mapping // block_size, slot_mapping % block_size)
     for new, cache in ((k, k_cache), (v, v_cache)):
-        cache.index_fill_(0, new_block_ids, 0)
+        cache.index_fill_(0, new_block_ids.long(), 0)
         cache.transpose(1, 2).index_put_(slots, new)

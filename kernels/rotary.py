@@ -73,7 +73,7 @@ def rotary_cos_sin(positions: Tensor, frequencies: Tensor, *, attention_factor: 
     """Return cosine and sine of each token's angles times `attention_factor`.
 
     Args:
-        positions: [T] int64.
+        positions: [T] int32.
         frequencies: [H / 2] float32.
         attention_factor: 1, except for YaRN.
 
@@ -82,6 +82,19 @@ def rotary_cos_sin(positions: Tensor, frequencies: Tensor, *, attention_factor: 
     """
     angles = (positions[:, None].float() * frequencies)[:, None, :]
     return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, *, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rotated queries, [T, N, H], rotated keys, [T, K, H], and values, [T, K, H], of qkv, [T, N + 2 K, H].
+
+    Args:
+        qkv: May be changed.
+        cos: [T, 1, H / 2] float32; `sin` likewise.
+        num_kv_heads: K.
+    """
+    num_rotated = qkv.shape[1] - num_kv_heads
+    qk = apply_rotary(qkv[:, :num_rotated], cos, sin)
+    return qk[:, : num_rotated - num_kv_heads], qk[:, num_rotated - num_kv_heads :], qkv[:, num_rotated:]
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 import os
 import secrets
 
-import torch
+# Before triton is imported, which torch may do: its kernels run in its interpreter, on CPUs.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402  see above
 
 # Tiny tensors: a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)

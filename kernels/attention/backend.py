@@ -12,7 +12,14 @@ from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 
 
 class AttentionBackend(Protocol):
-    """Attention over a paged KV cache. It keeps no state, so one instance serves every layer."""
+    """Attention over a paged KV cache. It keeps no state of a layer, so one instance serves all.
+
+    Attributes:
+        is_graphable: Whether all that depends on a step's lengths is read on the device, so that a CUDA graph of the
+            calls holds for other lengths.
+    """
+
+    is_graphable: bool
 
     def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return why it cannot attend so, or None if it can."""
@@ -20,8 +27,20 @@ class AttentionBackend(Protocol):
     def kv_cache_shape(self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
         """Return the shape of a layer's key pool, which is also that of its value pool; blocks come first."""
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, metadata: AttentionMetadata) -> None:
-        """Store this step's keys and values, [T, K, H] each, in their slots, in place."""
+    def rotate_and_write(
+        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos: Tensor, sin: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Rotate this step's queries and keys, and store its keys and values in their slots, in place.
+
+        Args:
+            qkv: Queries, keys and values of each token, [T, N + 2 K, H], contiguous; may be changed.
+            k_cache: Key pool in the backend's layout; `v_cache` likewise.
+            cos: [T, 1, H / 2] float32; `sin` likewise.
+            metadata: The step.
+
+        Returns:
+            The queries, [T, N, H]; perhaps a part of qkv.
+        """
 
     def attention(
         self,

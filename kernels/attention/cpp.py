@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 from rayserve_sarathi.kernels.native import load_library
+from rayserve_sarathi.kernels.rotary import rotate_qkv
 
 _GROUP = 16
 
@@ -18,6 +19,8 @@ class CppAttention:
     Raises:
         NativeBuildError: There is no build of the kernels for this machine.
     """
+
+    is_graphable = False
 
     def __init__(self) -> None:
         library = load_library()
@@ -43,10 +46,13 @@ class CppAttention:
         """Return [P, K, S, H], in which the order of a head's keys is another; see the class."""
         return (num_blocks, num_kv_heads, block_size, head_size)
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, metadata: AttentionMetadata) -> None:
-        """Store this step's keys and values, [T, K, H] each, in their slots, in place."""
-        k, v = _with_heads_together(k), _with_heads_together(v)
+    def rotate_and_write(
+        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos: Tensor, sin: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Rotate queries and keys, store keys and values; see `AttentionBackend.rotate_and_write`."""
         _, num_kv_heads, block_size, head_size = k_cache.shape
+        q, k, v = rotate_qkv(qkv, cos, sin, num_kv_heads=num_kv_heads)
+        k, v = _with_heads_together(k), _with_heads_together(v)
         slots, new_blocks = metadata.slot_mapping, metadata.new_block_ids
         self._write_kv(
             *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr()),
@@ -54,6 +60,7 @@ class CppAttention:
             *(slots.data_ptr(), len(slots), new_blocks.data_ptr(), len(new_blocks)),
             *(num_kv_heads, head_size, block_size),
         )
+        return q
 
     def attention(
         self,

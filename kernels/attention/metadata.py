@@ -7,6 +7,7 @@ Dimensions: T tokens in the step; R requests; S tokens per block; M longest bloc
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +62,16 @@ class AttentionMetadata:
     """Attention's view of a step: requests with a single token first, then chunks.
 
     Attributes:
-        positions: Of each token in its request, [T] int64.
-        slot_mapping: Block id * S + offset of each token, [T] int64.
-        new_block_ids: Blocks whose first slot is written in this step, int64.
+        positions: Of each token in its request, [T] int32.
+        slot_mapping: Block id * S + offset of each token, [T] int32.
+        new_block_ids: Blocks whose first slot is written in this step, int32.
         cu_query_lens: First token of each request, and T, [R + 1] int32.
         seq_lens: [R] int32.
+        cu_seq_lens: Sums of `seq_lens`, from 0, [R + 1] int32.
         block_tables: Padded with each request's own first block, [R, M] int32.
+        max_query_len: Largest of the query lengths.
+        max_seq_len: Largest of `seq_lens`.
+        has_chunks: Whether any request has more than one token.
 
     Args:
         query_lens: Tokens of each request in the step, [R]; at least one request, at least one token each.
@@ -102,14 +107,30 @@ class AttentionMetadata:
         block_ids = tables[request_of, positions // block_size]
         offsets = positions % block_size
         is_chunk = query_lens > 1
-        self._num_decodes = int(is_chunk.argmax()) if is_chunk.any() else len(query_lens)
+        self.max_query_len, self.max_seq_len = int(query_lens.max()), int(seq_lens.max())
+        self.has_chunks = self.max_query_len > 1
+        self._num_decodes = int(is_chunk.argmax()) if self.has_chunks else len(query_lens)
 
-        self.positions = self._tensor(positions, torch.int64)
-        self.slot_mapping = self._tensor(block_ids * block_size + offsets, torch.int64)
-        self.new_block_ids = self._tensor(block_ids[offsets == 0], torch.int64)
-        self.cu_query_lens = self._tensor(cu_query_lens, torch.int32)
-        self.seq_lens = self._tensor(seq_lens, torch.int32)
-        self.block_tables = self._tensor(tables, torch.int32)
+        (
+            self.positions,
+            self.slot_mapping,
+            self.new_block_ids,
+            self.cu_query_lens,
+            self.seq_lens,
+            self.cu_seq_lens,
+            self.block_tables,
+        ) = to_device(
+            (
+                positions,
+                block_ids * block_size + offsets,
+                block_ids[offsets == 0],
+                cu_query_lens,
+                seq_lens,
+                np.concatenate(([0], np.cumsum(seq_lens))),
+                tables,
+            ),
+            device,
+        )
 
     @functools.cached_property
     def decode_groups(self) -> tuple[DecodeGroup, ...]:
@@ -143,6 +164,13 @@ class AttentionMetadata:
 
     def _tensor(self, array: _IntArray, dtype: torch.dtype) -> Tensor:
         return torch.tensor(array, dtype=dtype, device=self._device)
+
+
+def to_device(arrays: Sequence[_IntArray], device: torch.device) -> tuple[Tensor, ...]:
+    """Return the arrays as int32 tensors of the same shapes; one copy for all, as each to a GPU takes some 10 us."""
+    packed = np.concatenate([array.ravel() for array in arrays], dtype=np.int32, casting="unsafe")
+    parts = torch.from_numpy(packed).to(device).split([array.size for array in arrays])
+    return tuple(part.view(array.shape) for part, array in zip(parts, arrays, strict=True))
 
 
 def _pad_block_tables(

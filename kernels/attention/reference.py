@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, ChunkPiece, DecodeGroup
 from rayserve_sarathi.kernels.kv_write import write_kv
+from rayserve_sarathi.kernels.rotary import rotate_qkv
 
 
 class TorchAttention:
@@ -18,6 +19,8 @@ class TorchAttention:
     Pools are [P, K, S, H]: gathering blocks of whole heads yields [K, L, H] without a transposition, which made decode
     attention 1.6 times as fast on a CPU as [P, S, K, H].
     """
+
+    is_graphable = False
 
     def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return None: it attends on any device, in any type."""
@@ -29,9 +32,13 @@ class TorchAttention:
         """Return [P, K, S, H]."""
         return (num_blocks, num_kv_heads, block_size, head_size)
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, metadata: AttentionMetadata) -> None:
-        """Store this step's keys and values, [T, K, H] each, in their slots, in place."""
+    def rotate_and_write(
+        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos: Tensor, sin: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Rotate queries and keys, store keys and values; see `AttentionBackend.rotate_and_write`."""
+        q, k, v = rotate_qkv(qkv, cos, sin, num_kv_heads=k_cache.shape[1])
         write_kv(k, v, k_cache, v_cache, slot_mapping=metadata.slot_mapping, new_block_ids=metadata.new_block_ids)
+        return q
 
     def attention(
         self,

@@ -299,8 +299,8 @@ void attend_all(const Step& step, const Cache& cache, int num_requests) {
 }
 
 template <class T>
-void write_all(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* keys, T* values, const int64_t* slots,
-               int64_t num_tokens, const int64_t* new_blocks, int64_t num_new_blocks, int num_kv_heads, int H, int S) {
+void write_all(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* keys, T* values, const int32_t* slots,
+               int64_t num_tokens, const int32_t* new_blocks, int64_t num_new_blocks, int num_kv_heads, int H, int S) {
     const int64_t block_elements = (int64_t)num_kv_heads * H * S;
 #pragma omp parallel if (num_tokens * num_kv_heads * H > 1 << 15)
     {
@@ -436,7 +436,7 @@ void sarathi_attention(const float* q, int64_t q_stride, const void* keys, const
 
 // k and v are [T, K, H] with k_stride and v_stride elements between tokens, of the pools' type.
 void sarathi_write_kv(const void* k, int64_t k_stride, const void* v, int64_t v_stride, void* keys, void* values,
-                      int is_bfloat16, const int64_t* slots, int64_t num_tokens, const int64_t* new_blocks,
+                      int is_bfloat16, const int32_t* slots, int64_t num_tokens, const int32_t* new_blocks,
                       int64_t num_new_blocks, int num_kv_heads, int head_size, int block_size) {
     auto write = [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

@@ -9,7 +9,6 @@ from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 from rayserve_sarathi.kernels.linear import Linear
 from rayserve_sarathi.kernels.rms_norm import rms_norm
-from rayserve_sarathi.kernels.rotary import apply_rotary
 from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.parameters import Weights
 from rayserve_sarathi.models.shard import Shard
@@ -49,18 +48,17 @@ class Attention:
         Returns:
             What the rank's heads contribute: the sum over all ranks is the layer's attention, [T, D].
         """
-        num_rotated = self._num_heads + self._num_kv_heads
         qkv = self._qkv(x).view(len(x), -1, self._head_size)
         if self._qk_norms is not None:
             q_norm, k_norm = self._qk_norms
+            num_rotated = self._num_heads + self._num_kv_heads
             qkv[:, : self._num_heads] = rms_norm(qkv[:, : self._num_heads], q_norm, eps=self._eps)
             qkv[:, self._num_heads : num_rotated] = rms_norm(
                 qkv[:, self._num_heads : num_rotated], k_norm, eps=self._eps
             )
-        qk = apply_rotary(qkv[:, :num_rotated], cos, sin)
-        self._backend.write_kv(qk[:, self._num_heads :], qkv[:, num_rotated:], k_cache, v_cache, metadata=metadata)
+        q = self._backend.rotate_and_write(qkv, k_cache, v_cache, cos=cos, sin=sin, metadata=metadata)
         out = self._backend.attention(
-            qk[:, : self._num_heads],
+            q,
             k_cache,
             v_cache,
             metadata=metadata,

@@ -23,6 +23,12 @@ from rayserve_sarathi.registry import load
 
 _logger = logging.getLogger(__name__)
 
+# The first that can be had. Of those for GPUs only Triton's, which comes with torch, has been measured by us.
+_AUTO_BACKENDS = {
+    "cpu": ("cpp", "torch"),
+    "cuda": ("triton", "flashinfer", "vllm_flash_attn", "flash_attn", "torch"),
+}
+
 
 def load_decoder(
     config: EngineConfig,
@@ -83,7 +89,7 @@ def choose_attention_backend(
     Raises:
         ConfigError: There is no such backend, or it does not attend so.
     """
-    names = ATTENTION_BACKENDS if config.attention_backend == "auto" else (config.attention_backend,)
+    names = _AUTO_BACKENDS[device.type] if config.attention_backend == "auto" else (config.attention_backend,)
     refusals: list[str] = []
     for name in names:
         try:
@@ -91,7 +97,7 @@ def choose_attention_backend(
             reason = backend.refuse(
                 block_size=config.block_size, head_size=decoder.head_dim, dtype=dtype, device=device
             )
-        except NativeBuildError as error:
+        except (NativeBuildError, ImportError) as error:
             reason = str(error)
         if reason is None:
             _logger.info("attention backend %s%s", name, "".join(f" ({refusal})" for refusal in refusals))

@@ -42,5 +42,5 @@ class RotaryEmbedding:
         self._frequencies = frequencies.to(device)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine, [T, 1, H / 2] float32 each, at positions, [T] int64."""
+        """Return cosine and sine, [T, 1, H / 2] float32 each, at positions, [T] int32."""
         return rotary_cos_sin(positions, self._frequencies, attention_factor=self._attention_factor)

@@ -193,6 +193,7 @@ class _TimedBackend:
 
     def __init__(self, backend: AttentionBackend, now_s: Callable[[], float]) -> None:
         self._backend = backend
+        self.is_graphable = False
         self._now_s = now_s
         self.is_timing = False
         self.seconds = 0.0
@@ -205,8 +206,10 @@ class _TimedBackend:
             num_blocks=num_blocks, block_size=block_size, num_kv_heads=num_kv_heads, head_size=head_size
         )
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, metadata: AttentionMetadata) -> None:
-        self._backend.write_kv(k, v, k_cache, v_cache, metadata=metadata)
+    def rotate_and_write(
+        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos: Tensor, sin: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        return self._backend.rotate_and_write(qkv, k_cache, v_cache, cos=cos, sin=sin, metadata=metadata)
 
     def attention(
         self,

@@ -26,7 +26,7 @@ from report import Figure, write_report
 
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, StepLayout
 from rayserve_sarathi.kernels.linear import Linear
 from rayserve_sarathi.kernels.native import kernels_for
 from rayserve_sarathi.registry import load
@@ -93,14 +93,14 @@ def measure_attention(
     query_lens, context_lens = (np.array(each, dtype=np.int32) for each in zip(*lens, strict=True))
     num_blocks = -(-(query_lens + context_lens) // BLOCK_SIZE)
     count = int(num_blocks.sum())
-    metadata = AttentionMetadata(
+    layout = StepLayout(
         query_lens=query_lens,
         context_lens=context_lens,
         block_tables=np.random.default_rng(0).permutation(count).astype(np.int32),
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
-        device=torch.device("cpu"),
     )
+    metadata = AttentionMetadata.of(layout, torch.device("cpu"))
     q = torch.randn(int(query_lens.sum()), num_heads, head_size)
     kv_bytes = 2 * 4 * count * BLOCK_SIZE * num_kv_heads * head_size
 

@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from torch import Tensor
 
+from rayserve_sarathi.kernels.gpu import fused_for
 from rayserve_sarathi.kernels.native import kernels_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Scale x, [..., D], to unit mean square and multiply by weight, [D]."""
+    fused = fused_for(x)
+    if fused is not None:
+        return fused.rms_norm(x, None, weight, eps=eps)[0]
     kernels = kernels_for(x, row_size=x.shape[-1])
     if kernels is None:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -23,7 +27,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of the sum of x and residual, and the sum, all [..., D]; one kernel where a backend fuses."""
+    """Return the norm of the sum of x and residual, and the sum, all [..., D]; one kernel where there is one."""
+    fused = fused_for(x)
+    if fused is not None:
+        return fused.rms_norm(x, residual, weight, eps=eps)
     kernels = kernels_for(x, row_size=x.shape[-1])
     if kernels is None:
         total = x + residual

@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from torch import Tensor
 
+from rayserve_sarathi.kernels.gpu import fused_for
 from rayserve_sarathi.kernels.native import kernels_for
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up, [T, F], of gate and up side by side, [T, 2 * F]."""
+    fused = fused_for(gate_up)
+    if fused is not None:
+        return fused.silu_mul(gate_up)
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     kernels = kernels_for(gate_up, row_size=size)
     if kernels is None:

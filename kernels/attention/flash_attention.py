@@ -70,8 +70,8 @@ class FlashAttention:
             k_cache,
             v_cache,
             cu_seqlens_q=metadata.cu_query_lens,
-            max_seqlen_q=metadata.max_query_len,
-            max_seqlen_k=metadata.max_seq_len,
+            max_seqlen_q=int(metadata.layout.query_lens.max()),
+            max_seqlen_k=int(metadata.layout.seq_lens.max()),
             softmax_scale=scale,
             causal=True,
             # Tokens to the left of itself and to the right that a token sees; -1 stands for all.

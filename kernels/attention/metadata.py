@@ -58,28 +58,27 @@ class ChunkPiece:
     block_ids: Tensor
 
 
-class AttentionMetadata:
-    """Attention's view of a step: requests with a single token first, then chunks.
+class StepLayout:
+    """Which tokens of a step belong together and where their keys are, on the host: requests with a single token first.
 
     Attributes:
-        positions: Of each token in its request, [T] int32.
-        slot_mapping: Block id * S + offset of each token, [T] int32.
-        new_block_ids: Blocks whose first slot is written in this step, int32.
-        cu_query_lens: First token of each request, and T, [R + 1] int32.
-        seq_lens: [R] int32.
-        cu_seq_lens: Sums of `seq_lens`, from 0, [R + 1] int32.
-        block_tables: Padded with each request's own first block, [R, M] int32.
-        max_query_len: Largest of the query lengths.
-        max_seq_len: Largest of `seq_lens`.
-        has_chunks: Whether any request has more than one token.
+        query_lens: Tokens of each request in the step, [R] int64.
+        context_lens: Tokens of each request before, [R] int64.
+        seq_lens: Both together, [R] int64.
+        cu_query_lens: First token of each request, and T, [R + 1] int64.
+        positions: Of each token in its request, [T] int64.
+        slot_mapping: Block id * S + offset of each token, [T] int64.
+        new_block_ids: Blocks whose first slot is written in this step, int64.
+        num_needed: Blocks with tokens in them, [R] int64.
+        block_tables: Padded with each request's own first block, [R, M] int64.
+        block_size: S.
 
     Args:
-        query_lens: Tokens of each request in the step, [R]; at least one request, at least one token each.
-        context_lens: Tokens of each request before, [R].
+        query_lens: At least one request, at least one token each.
+        context_lens: [R].
         block_tables: Block ids of each request's context and chunk, concatenated.
         num_blocks: Length of each request's part of `block_tables`, [R].
         block_size: Tokens per block.
-        device: Where the tensors go.
     """
 
     def __init__(
@@ -90,80 +89,122 @@ class AttentionMetadata:
         block_tables: _IntArray,
         num_blocks: _IntArray,
         block_size: int,
-        device: torch.device,
     ) -> None:
-        self._query_lens = query_lens = query_lens.astype(np.int64)
-        self._context_lens = context_lens
-        self._seq_lens = seq_lens = context_lens + query_lens
-        self._first_tokens = cu_query_lens = np.concatenate(([0], np.cumsum(query_lens)))
-        self._num_needed = num_needed = -(-seq_lens // block_size)
-        self._tables = tables = _pad_block_tables(block_tables, num_blocks.astype(np.int64), num_needed)
-        self._block_size = block_size
-        self._device = device
+        self.query_lens = query_lens = query_lens.astype(np.int64)
+        self.context_lens = context_lens = context_lens.astype(np.int64)
+        self.seq_lens = context_lens + query_lens
+        self.cu_query_lens = _sums(query_lens)
+        self.block_size = block_size
+        self.num_needed = -(-self.seq_lens // block_size)
+        self.block_tables = _pad_block_tables(block_tables, num_blocks.astype(np.int64), self.num_needed)
 
         # The tokens of a chunk are at successive positions: count all tokens, and shift each request's.
         request_of = np.repeat(np.arange(len(query_lens)), query_lens)
-        positions = np.arange(cu_query_lens[-1]) + (context_lens - cu_query_lens[:-1])[request_of]
-        block_ids = tables[request_of, positions // block_size]
-        offsets = positions % block_size
-        is_chunk = query_lens > 1
-        self.max_query_len, self.max_seq_len = int(query_lens.max()), int(seq_lens.max())
-        self.has_chunks = self.max_query_len > 1
-        self._num_decodes = int(is_chunk.argmax()) if self.has_chunks else len(query_lens)
+        self.positions = np.arange(self.cu_query_lens[-1]) + (context_lens - self.cu_query_lens[:-1])[request_of]
+        block_ids = self.block_tables[request_of, self.positions // block_size]
+        offsets = self.positions % block_size
+        self.slot_mapping = block_ids * block_size + offsets
+        self.new_block_ids = block_ids[offsets == 0]
 
-        (
-            self.positions,
-            self.slot_mapping,
-            self.new_block_ids,
-            self.cu_query_lens,
-            self.seq_lens,
-            self.cu_seq_lens,
-            self.block_tables,
-        ) = to_device(
+    @property
+    def num_decodes(self) -> int:
+        """How many requests, the first ones, have a single token."""
+        is_chunk = self.query_lens > 1
+        return int(is_chunk.argmax()) if is_chunk.any() else len(self.query_lens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMetadata:
+    """Attention's view of a step, on its device.
+
+    Args:
+        positions: Of each token in its request, [T] int32.
+        slot_mapping: Block id * S + offset of each token, [T] int32; less than 0 for one that is not stored.
+        cu_query_lens: First token of each request, and T, [R + 1] int32.
+        seq_lens: [R] int32.
+        block_tables: Padded with each request's own first block, [R, M] int32.
+        has_chunks: Whether any request has more than one token; without, token i is request i's.
+        new_block_ids: Blocks whose first slot is written in this step, int32.
+        cu_seq_lens: Sums of `seq_lens`, from 0, [R + 1] int32.
+        layout: The step.
+    """
+
+    positions: Tensor
+    slot_mapping: Tensor
+    cu_query_lens: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    has_chunks: bool
+    new_block_ids: Tensor
+    cu_seq_lens: Tensor
+    layout: StepLayout
+
+    @classmethod
+    def of(cls, layout: StepLayout, device: torch.device) -> "AttentionMetadata":
+        """Copy a step to the device."""
+        positions, slot_mapping, cu_query_lens, seq_lens, block_tables, new_block_ids, cu_seq_lens = to_device(
             (
-                positions,
-                block_ids * block_size + offsets,
-                block_ids[offsets == 0],
-                cu_query_lens,
-                seq_lens,
-                np.concatenate(([0], np.cumsum(seq_lens))),
-                tables,
+                layout.positions,
+                layout.slot_mapping,
+                layout.cu_query_lens,
+                layout.seq_lens,
+                layout.block_tables,
+                layout.new_block_ids,
+                _sums(layout.seq_lens),
             ),
             device,
+        )
+        return cls(
+            positions=positions,
+            slot_mapping=slot_mapping,
+            cu_query_lens=cu_query_lens,
+            seq_lens=seq_lens,
+            block_tables=block_tables,
+            has_chunks=layout.num_decodes < len(layout.query_lens),
+            new_block_ids=new_block_ids,
+            cu_seq_lens=cu_seq_lens,
+            layout=layout,
         )
 
     @functools.cached_property
     def decode_groups(self) -> tuple[DecodeGroup, ...]:
         """The leading requests with a single token, by length, for backends that pad."""
+        layout = self.layout
         return tuple(
             DecodeGroup(
-                rows=self._tensor(rows, torch.int64),
-                block_ids=self._tensor(self._tables[rows, : self._num_needed[rows].max()], torch.int64),
-                seq_lens=self._tensor(self._seq_lens[rows, None], torch.int64),
+                rows=self._tensor(rows),
+                block_ids=self._tensor(layout.block_tables[rows, : layout.num_needed[rows].max()]),
+                seq_lens=self._tensor(layout.seq_lens[rows, None]),
             )
-            for rows in _group_decodes(self._num_needed[: self._num_decodes], self._block_size)
+            for rows in _group_decodes(layout.num_needed[: layout.num_decodes], layout.block_size)
         )
 
     @functools.cached_property
     def chunk_pieces(self) -> tuple[ChunkPiece, ...]:
         """The other requests, for backends that loop."""
+        layout = self.layout
         return tuple(
             ChunkPiece(
                 start=start,
                 query_len=query_len,
                 context_len=context_len,
                 block_ids=self._tensor(
-                    self._tables[request, : -(-(context_len + query_len) // self._block_size)], torch.int64
+                    layout.block_tables[request, : -(-(context_len + query_len) // layout.block_size)]
                 ),
             )
-            for request in range(self._num_decodes, len(self._query_lens))
+            for request in range(layout.num_decodes, len(layout.query_lens))
             for start, query_len, context_len in _cut(
-                int(self._first_tokens[request]), int(self._query_lens[request]), int(self._context_lens[request])
+                int(layout.cu_query_lens[request]), int(layout.query_lens[request]), int(layout.context_lens[request])
             )
         )
 
-    def _tensor(self, array: _IntArray, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(array, dtype=dtype, device=self._device)
+    def _tensor(self, array: npt.NDArray[np.int64]) -> Tensor:
+        return torch.tensor(array, device=self.positions.device)
+
+
+def _sums(lens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the sums of the first 0, 1, ... of the lengths, [R + 1]."""
+    return np.concatenate(([0], np.cumsum(lens)))
 
 
 def to_device(arrays: Sequence[_IntArray], device: torch.device) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, StepLayout
 from rayserve_sarathi.step import StepInput
 
 
@@ -31,14 +31,18 @@ def build_model_input(step: StepInput, *, block_size: int, device: torch.device)
     """Copy the step to the device."""
     return ModelInput(
         token_ids=torch.tensor(step.token_ids, dtype=torch.int64, device=device),
-        metadata=AttentionMetadata(
-            query_lens=step.query_lens,
-            context_lens=step.context_lens,
-            block_tables=step.block_tables,
-            num_blocks=step.num_blocks,
-            block_size=block_size,
-            device=device,
-        ),
+        metadata=AttentionMetadata.of(step_layout(step, block_size=block_size), device),
+    )
+
+
+def step_layout(step: StepInput, *, block_size: int) -> StepLayout:
+    """Return attention's view of a step, on the host."""
+    return StepLayout(
+        query_lens=step.query_lens,
+        context_lens=step.context_lens,
+        block_tables=step.block_tables,
+        num_blocks=step.num_blocks,
+        block_size=block_size,
     )
 
 

@@ -93,9 +93,12 @@ class Decoder:
             [T, D], for `logits` or for the next stage.
         """
         cos, sin = self._rotary(metadata.positions)
+        addend = None
         for layer, (k_cache, v_cache) in zip(self._layers, kv_caches, strict=True):
-            hidden = layer(hidden, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata)
-        return hidden
+            hidden, addend = layer(
+                hidden, addend, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata
+            )
+        return hidden if addend is None else hidden + addend
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, [n, V] float32, of hidden states of the last layer, [n, D]. Last stage only."""

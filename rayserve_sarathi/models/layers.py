@@ -49,20 +49,34 @@ class Layer:
     def __call__(
         self,
         hidden: Tensor,
+        addend: Tensor | None,
         *,
         cos: Tensor,
         sin: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
         metadata: AttentionMetadata,
-    ) -> Tensor:
-        """Return the layer's output, [T, D], for hidden states, [T, D]; both are the same on all ranks."""
-        x = self._input_norm(hidden)
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the layer on hidden states, [T, D], the same on all ranks.
+
+        They come and go as two parts whose sum they are, so that a norm can be one kernel with the sum before it.
+
+        Args:
+            hidden: The first part.
+            addend: The second one; None if there is only one.
+            cos: Of the tokens' angles, [T, 1, H / 2]; `sin` likewise.
+            k_cache: The layer's key pool; `v_cache` likewise.
+            metadata: The step.
+        """
+        if addend is None:
+            x = self._input_norm(hidden)
+        else:
+            x, hidden = self._input_norm.add(addend, hidden)
         attention = self._attention(x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata)
         if self._is_parallel:
             # The ranks sum both at once (Wang and Komatsuzaki, 2021).
             mlp = self._mlp(x if self._mlp_norm is None else self._mlp_norm(hidden))
-            return hidden + self._tp.all_reduce(attention + mlp)
+            return hidden, self._tp.all_reduce(attention + mlp)
         assert self._mlp_norm is not None, "see DecoderConfig"
         x, hidden = self._mlp_norm.add(self._tp.all_reduce(attention), hidden)
-        return hidden + self._tp.all_reduce(self._mlp(x))
+        return hidden, self._tp.all_reduce(self._mlp(x))

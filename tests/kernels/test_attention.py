@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, StepLayout
 from rayserve_sarathi.kernels.native import NativeBuildError
 from rayserve_sarathi.registry import load
 
@@ -100,14 +100,14 @@ def run(backend: AttentionBackend, case: Case, dtype: torch.dtype) -> tuple[Tens
         return torch.randn(num_tokens, num_heads, case.head_size, generator=generator).to(dtype)
 
     def metadata_of(new: np.ndarray, before: np.ndarray, chosen: np.ndarray):
-        return AttentionMetadata(
+        layout = StepLayout(
             query_lens=new,
             context_lens=before,
             block_tables=np.concatenate([tables[request] for request in chosen]).astype(np.int32),
             num_blocks=num_blocks[chosen].astype(np.int32),
             block_size=case.block_size,
-            device=CPU,
         )
+        return AttentionMetadata.of(layout, CPU)
 
     keys, values = ([random(int(length), case.num_kv_heads) for length in seq_lens] for _ in range(2))
     queries = [random(int(length), case.num_heads) for length in query_lens]

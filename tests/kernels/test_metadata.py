@@ -1,21 +1,21 @@
 import numpy as np
 import torch
 
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
+from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, StepLayout
 
 
 def build(lens: list[tuple[int, int]], *, block_size: int = 4) -> AttentionMetadata:
     """Build the metadata of (query_len, context_len) requests whose blocks are numbered from 100 on."""
     query_lens, context_lens = (np.array(values, dtype=np.int32) for values in zip(*lens, strict=True))
     num_blocks = -(-(query_lens + context_lens) // block_size)
-    return AttentionMetadata(
+    layout = StepLayout(
         query_lens=query_lens,
         context_lens=context_lens,
         block_tables=np.arange(100, 100 + num_blocks.sum(), dtype=np.int32),
         num_blocks=num_blocks,
         block_size=block_size,
-        device=torch.device("cpu"),
     )
+    return AttentionMetadata.of(layout, torch.device("cpu"))
 
 
 def test_positions_and_slots_of_a_mixed_step() -> None:
@@ -56,13 +56,12 @@ def test_a_chunk_is_cut_into_pieces_that_see_no_more_blocks_than_they_need() -> 
 
 
 def test_blocks_that_hold_no_token_yet_are_not_looked_at() -> None:
-    metadata = AttentionMetadata(
+    layout = StepLayout(
         query_lens=np.array([1, 1]),
         context_lens=np.array([2, 9]),
         block_tables=np.array([7, 8, 9, 4, 5, 6]),
         num_blocks=np.array([3, 3]),
         block_size=4,
-        device=torch.device("cpu"),
     )
 
-    assert metadata.block_tables.tolist() == [[7, 7, 7], [4, 5, 6]]
+    assert layout.block_tables.tolist() == [[7, 7, 7], [4, 5, 6]]

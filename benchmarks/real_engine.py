@@ -10,15 +10,12 @@ the same requests are simulated. Last, the capacity of both policies is searched
 """
 
 import argparse
-import asyncio
 import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +23,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bubbles import MODEL
+from inline_server import Served, Server
 from paper import TRACE, find_data
 from report import Figure, write_report
 
 from rayserve_sarathi.config import EngineConfig, SchedulerConfig, SloConfig
-from rayserve_sarathi.engine import Engine, RebuildLimit, make_scheduler
-from rayserve_sarathi.execution.inline import make_inline_pipeline
-from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.profiling.grid import Grid
 from rayserve_sarathi.profiling.profile import measure_profile
 from rayserve_sarathi.profiling.stage_clock import StageClock
-from rayserve_sarathi.request import RequestOutput, SamplingParams
 from rayserve_sarathi.simulation.capacity import Capacity, find_capacity
-from rayserve_sarathi.simulation.criteria import Criteria, most_long_gaps
-from rayserve_sarathi.simulation.gaps import GapLog, Gaps
+from rayserve_sarathi.simulation.criteria import Criteria
 from rayserve_sarathi.simulation.profile_files import write_profile
 from rayserve_sarathi.simulation.result import SimulationResult
 from rayserve_sarathi.simulation.step_times import make_step_time_model, profile_name
@@ -69,88 +62,6 @@ SCHEDULERS = {
     ),
     "vllm": SchedulerConfig(policy="vllm", max_num_seqs=MAX_NUM_SEQS),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """What the engine did with requests; a `criteria.RunResult`.
-
-    Args:
-        ttft: Times from arrival to the first token.
-        delays: Times from arrival to the first step.
-        gaps: Times between two tokens of a request.
-        is_complete: Whether all requests were served; otherwise the target was missed for certain.
-    """
-
-    ttft: Gaps
-    delays: Gaps
-    gaps: Gaps
-    is_complete: bool
-
-    @property
-    def median_scheduling_delay_s(self) -> float:
-        """See `RunResult`; infinite if the run was ended."""
-        return self.delays.quantile(0.5) if self.is_complete else float("inf")
-
-    @property
-    def p99_tbt_s(self) -> float:
-        """See `RunResult`."""
-        return self.gaps.quantile(0.99)
-
-
-class Server:
-    """The engine of a configuration, anew for each run.
-
-    Args:
-        config: Of one stage.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        self._config = config
-        self._info = resolve_model(config)
-
-    async def serve(self, workload: Workload, *, give_up_s: float | None) -> Served:
-        """Serve `workload`; end as soon as more than one gap in a hundred is certain to exceed `give_up_s`."""
-        delivered = asyncio.Event()
-        num_open = len(workload)
-
-        def deliver(outputs: Iterable[RequestOutput]) -> None:
-            nonlocal num_open
-            num_open -= sum(output.finish_reason is not None for output in outputs)
-            delivered.set()
-
-        pipeline, num_blocks = await asyncio.to_thread(
-            make_inline_pipeline, self._config, num_threads=torch.get_num_threads()
-        )
-        scheduler = make_scheduler(self._config, self._info, num_blocks=num_blocks)
-        engine = Engine(scheduler, pipeline, deliver=deliver, rebuild_limit=RebuildLimit(0, window_s=1.0))
-        await engine.warm_up(MAX_MODEL_LEN)
-        ttft, delays, gaps = GapLog(), GapLog(), GapLog(float("inf") if give_up_s is None else give_up_s)
-        scheduler.metrics.time_to_first_token_s = ttft
-        scheduler.metrics.request_queue_time_s = delays
-        scheduler.metrics.inter_token_latency_s = gaps
-        max_num_above = most_long_gaps(int(workload.num_output_tokens.sum()) - len(workload))
-        running = asyncio.create_task(engine.run())
-        sending = asyncio.create_task(self._send(engine, workload))
-        try:
-            while num_open and (give_up_s is None or gaps.num_above <= max_num_above):
-                delivered.clear()
-                await delivered.wait()
-        finally:
-            sending.cancel()
-            running.cancel()
-            await asyncio.gather(sending, running, return_exceptions=True)
-            await pipeline.close()
-        return Served(ttft=ttft.gaps(), delays=delays.gaps(), gaps=gaps.gaps(), is_complete=not num_open)
-
-    async def _send(self, engine: Engine, workload: Workload) -> None:
-        rng = np.random.default_rng(0)
-        begin_s = time.monotonic() - workload.arrivals_s[0]
-        each = zip(workload.arrivals_s, workload.num_prompt_tokens, workload.num_output_tokens, strict=True)
-        for index, (arrival_s, num_prompt_tokens, num_output_tokens) in enumerate(each):
-            await asyncio.sleep(begin_s + arrival_s - time.monotonic())
-            prompt = rng.integers(0, self._info.vocab_size, num_prompt_tokens).tolist()
-            engine.add(str(index), prompt, SamplingParams(max_tokens=int(num_output_tokens), ignore_eos=True))
 
 
 def draw_requests(data: Path | None, *, num_requests: int) -> Workload:
@@ -245,25 +156,27 @@ def main() -> None:
         figures["predicted_capacity"] = predicted
         sys.stdout.write(f"target {criteria.p99_tbt_s:.3f} s; predicted capacity {predicted}\n")
         at_load = workload.at_rate(LOAD * predicted["sarathi"])
+        server = Server(config)
         for policy, scheduler in SCHEDULERS.items():
-            server = Server(replace(config, scheduler=scheduler))
-            served = asyncio.run(server.serve(at_load, give_up_s=None))
-            figures[policy] = compare(served, systems[policy].run(at_load))
+            figures[policy] = compare(server.serve(at_load, scheduler), systems[policy].run(at_load))
         if not arguments.quick:
             capacities = {
-                policy: search(Server(replace(config, scheduler=scheduler)), workload, criteria, predicted[policy])
+                policy: search(server, scheduler, workload, criteria, predicted[policy])
                 for policy, scheduler in SCHEDULERS.items()
             }
             figures["capacity"] = capacities
             figures["capacity_over_vllm"] = capacities["sarathi"] / capacities["vllm"]
+        server.close()
     write_report(figures, path=arguments.json)
 
 
-def search(server: Server, workload: Workload, criteria: Criteria, first_rate: float) -> float:
+def search(
+    server: Server, scheduler: SchedulerConfig, workload: Workload, criteria: Criteria, first_rate: float
+) -> float:
     """Return the engine's capacity in requests a second."""
 
     def run(rate: float) -> Served:
-        served = asyncio.run(server.serve(workload.at_rate(rate), give_up_s=criteria.p99_tbt_s))
+        served = server.serve(workload.at_rate(rate), scheduler, give_up_s=criteria.p99_tbt_s)
         sys.stdout.write(
             f"{rate:.2f}/s: P99 TBT {served.p99_tbt_s:.3f} s, delay {served.median_scheduling_delay_s:.2f} s\n"
         )

@@ -15,7 +15,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Scale x, [..., D], to unit mean square and multiply by weight, [D]."""
     fused = fused_for(x)
     if fused is not None:
-        return fused.rms_norm(x, None, weight, eps=eps)[0]
+        normed: Tensor = fused.rms_norm(x, None, weight, eps=eps)[0]
+        return normed
     kernels = kernels_for(x, row_size=x.shape[-1])
     if kernels is None:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -30,7 +31,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
     """Return the norm of the sum of x and residual, and the sum, all [..., D]; one kernel where there is one."""
     fused = fused_for(x)
     if fused is not None:
-        return fused.rms_norm(x, residual, weight, eps=eps)
+        normed_and_sum: tuple[Tensor, Tensor] = fused.rms_norm(x, residual, weight, eps=eps)
+        return normed_and_sum
     kernels = kernels_for(x, row_size=x.shape[-1])
     if kernels is None:
         total = x + residual

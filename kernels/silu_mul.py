@@ -15,7 +15,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up, [T, F], of gate and up side by side, [T, 2 * F]."""
     fused = fused_for(gate_up)
     if fused is not None:
-        return fused.silu_mul(gate_up)
+        activated: Tensor = fused.silu_mul(gate_up)
+        return activated
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     kernels = kernels_for(gate_up, row_size=size)
     if kernels is None:

@@ -131,6 +131,9 @@ class EngineConfig:
     """Whether requests share the KV of equal beginnings."""
     attention_backend: str = "auto"
     """See `kernels.attention.ATTENTION_BACKENDS`."""
+    enforce_eager: bool = False
+    """Whether a GPU's kernels begin one by one. Otherwise the steps of a stage are CUDA graphs where they can be, which
+    take some seconds to record at the start."""
     tensor_parallel_size: int = 1
     """Ranks of a stage that share each of its layers."""
     pipeline_parallel_size: int = 1

@@ -6,7 +6,7 @@ import secrets
 # Before triton is imported, which torch may do: its kernels run in its interpreter, on CPUs.
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402  see above
+import torch
 
 # Tiny tensors: a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)

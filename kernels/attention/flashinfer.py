@@ -65,7 +65,8 @@ class FlashInferAttention:
             self._wrappers = {}
         if sliding_window not in self._wrappers:
             self._wrappers[sliding_window] = self._plan(q, k_cache, metadata, scale, sliding_window)
-        return self._wrappers[sliding_window].run(q, (k_cache, v_cache))
+        out: Tensor = self._wrappers[sliding_window].run(q, (k_cache, v_cache))
+        return out
 
     def _plan(
         self, q: Tensor, k_cache: Tensor, metadata: AttentionMetadata, scale: float, sliding_window: int | None

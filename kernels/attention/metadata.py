@@ -210,7 +210,7 @@ def _sums(lens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def to_device(arrays: Sequence[_IntArray], device: torch.device) -> tuple[Tensor, ...]:
     """Return the arrays as int32 tensors of the same shapes; one copy for all, as each to a GPU takes some 10 us."""
     packed = np.concatenate([array.ravel() for array in arrays], dtype=np.int32, casting="unsafe")
-    parts = torch.from_numpy(packed).to(device).split([array.size for array in arrays])
+    parts = torch.split(torch.from_numpy(packed).to(device), [array.size for array in arrays])
     return tuple(part.view(array.shape) for part, array in zip(parts, arrays, strict=True))
 
 

@@ -221,9 +221,7 @@ def choose_tiling(
     wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // num_programs)
     # A part of fewer keys than two tiles costs more to merge than it saves.
     num_splits = max(1, min(wanted, max_keys // (2 * keys), _MAX_SPLITS))
-    return Tiling(
-        rows=least_rows, keys=keys, num_splits=1 << (num_splits.bit_length() - 1), num_warps=4, num_stages=3
-    )
+    return Tiling(rows=least_rows, keys=keys, num_splits=1 << (num_splits.bit_length() - 1), num_warps=4, num_stages=3)
 
 
 @triton.jit

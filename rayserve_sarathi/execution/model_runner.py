@@ -3,6 +3,7 @@
 Dimensions: T tokens in the step; D hidden size; S requests that sample a token; V vocabulary.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayserve_sarathi.execution.cuda_graphs import StepGraphs, StepLimits, refuse_graphs
 from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.logprobs import token_logprobs
 from rayserve_sarathi.execution.model_input import build_model_input, first_tokens, sampled_tokens
@@ -20,6 +22,8 @@ from rayserve_sarathi.step import Int32Array, PromptLogprobsQuery, StepInput, St
 
 # Logits of a whole chunk at once would be 500 MB for 1024 tokens and a vocabulary of 128 thousand.
 _MAX_PROMPT_LOGITS_ROWS = 128
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +46,23 @@ class ModelRunner:
         decoder: The stage's part of the model.
         num_blocks: KV blocks, the same on every stage.
         block_size: Tokens per block.
+        graph_limits: The largest step, to record CUDA graphs where the stage's steps can be; None for no graphs.
     """
 
-    def __init__(self, decoder: Decoder, *, num_blocks: int, block_size: int) -> None:
+    @torch.inference_mode()
+    def __init__(
+        self, decoder: Decoder, *, num_blocks: int, block_size: int, graph_limits: StepLimits | None = None
+    ) -> None:
         self._decoder = decoder
         self._block_size = block_size
         self._kv_caches = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
+        self._graphs: StepGraphs | None = None
+        if graph_limits is not None:
+            reason = refuse_graphs(decoder)
+            if reason is None:
+                self._graphs = StepGraphs(decoder, self._kv_caches, block_size=block_size, limits=graph_limits)
+            elif decoder.device.type == "cuda":
+                _logger.info("no CUDA graphs, as %s", reason)
 
     @property
     def is_last(self) -> bool:
@@ -66,6 +81,8 @@ class ModelRunner:
             Input of the stage after, or of `logits` on the last stage, [T, D].
         """
         decoder = self._decoder
+        if self._graphs is not None and (out := self._graphs.run(step, hidden)) is not None:
+            return out
         model_input = build_model_input(step, block_size=self._block_size, device=decoder.device)
         if hidden is None:
             hidden = decoder.embed(model_input.token_ids)

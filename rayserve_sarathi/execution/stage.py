@@ -11,6 +11,7 @@ import torch
 
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError
+from rayserve_sarathi.execution.cuda_graphs import StepLimits
 from rayserve_sarathi.execution.kv_cache import fit_num_blocks
 from rayserve_sarathi.execution.model_runner import ModelRunner
 from rayserve_sarathi.models.decoder import Decoder
@@ -99,9 +100,20 @@ class Stage:
         return fit_num_blocks(self._config, self._info, self._decoder)
 
     def start(self, num_blocks: int) -> None:
-        """Allocate the KV cache."""
+        """Allocate the KV cache and, on a GPU, record CUDA graphs."""
         assert self._decoder is not None, "load comes before start"
-        self._runner = ModelRunner(self._decoder, num_blocks=num_blocks, block_size=self._config.block_size)
+        config = self._config
+        limits = StepLimits(
+            num_tokens=config.scheduler.max_step_tokens,
+            num_seqs=config.scheduler.max_num_seqs,
+            model_len=self._info.max_model_len,
+        )
+        self._runner = ModelRunner(
+            self._decoder,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            graph_limits=None if config.enforce_eager else limits,
+        )
 
     def execute_first(self, step: StepInput) -> StageMessage | StepOutput:
         """Compute the first stage's part of a step."""

@@ -95,7 +95,7 @@ def main() -> None:
             f"{name}: {registers} registers, {stack_bytes} bytes of stack, {made.metadata.shared} of shared memory\n"
         )
         if stack_bytes:
-            print(f"{name} spills registers to {stack_bytes} bytes of stack")
+            sys.exit(f"{name} spills registers to {stack_bytes} bytes of stack")
 
 
 if __name__ == "__main__":

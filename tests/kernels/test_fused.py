@@ -46,7 +46,9 @@ def test_silu_mul_of_rows_longer_than_a_program_takes(dtype: torch.dtype) -> Non
 def test_rotate_and_write(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
     slots = torch.tensor([5, 0, 11, -1], dtype=torch.int32)
     qkv = torch.randn(4, num_heads + 2 * num_kv_heads, head_size, dtype=dtype)
-    cos, sin = rotary_cos_sin(torch.tensor([3, 0, 90, 7]), inverse_frequencies(head_size, theta=1e4), attention_factor=1)
+    cos, sin = rotary_cos_sin(
+        torch.tensor([3, 0, 90, 7]), inverse_frequencies(head_size, theta=1e4), attention_factor=1
+    )
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     expected_q, expected_k, expected_v = apply_rotary(q.clone(), cos, sin), apply_rotary(k.clone(), cos, sin), v.clone()
     caches = [torch.full((3, 4, num_kv_heads, head_size), -7.0, dtype=dtype) for _ in range(2)]

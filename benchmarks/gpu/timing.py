@@ -1,0 +1,70 @@
+"""Times on a GPU, and what it reaches at best."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this GPU reaches: bytes read and bfloat16 operations, a second."""
+
+    bandwidth: float
+    operations: float
+
+    def time_s(self, num_bytes: float, num_operations: float) -> float:
+        """Return the least time for so much."""
+        return max(num_bytes / self.bandwidth, num_operations / self.operations)
+
+
+def measure_limits() -> Limits:
+    """Measure a large copy, whose bytes are read and written, and a large matrix product of random numbers."""
+    large = torch.empty(2048 * _MIB, dtype=torch.int8, device="cuda")
+    copy = torch.empty_like(large)
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    copy_s = gpu_s([lambda: copy.copy_(large)])
+    product_s = gpu_s([lambda: a @ b])
+    return Limits(2 * large.numel() / copy_s, 2 * 8192**3 / product_s)
+
+
+def gpu_s(runs: Sequence[Callable[[], object]], *, repeats: int = 20) -> float:
+    """Return the median time of one of `runs`, recorded as a CUDA graph one after the other.
+
+    So no time to begin a kernel counts, and with operands of their own none finds them in the cache.
+    """
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(runs))
+    return statistics.median(times)
+
+
+def wall_s(run: Callable[[], object], *, repeats: int = 15) -> float:
+    """Return the median time from the call until the device has done what it asked for."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin_s = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin_s)
+    return statistics.median(times)

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can be had: torch brings Triton in its builds for GPUs, and only there."""
+"""Which Triton kernels can be had: torch brings Triton in its builds for GPUs, and only there."""
 
 import functools
 from importlib import import_module
@@ -10,9 +10,14 @@ from torch import Tensor
 
 def fused_for(x: Tensor) -> ModuleType | None:
     """Return `kernels.fused` if its kernels compute on tensors like this one, on a GPU; None if not."""
-    return _fused_or_none() if x.is_cuda else None
+    return _module("fused") if x.is_cuda else None
+
+
+def sampling_for(logits: Tensor) -> ModuleType | None:
+    """Return `kernels.sampling` if it draws from logits like these, on a GPU; None if not."""
+    return _module("sampling") if logits.is_cuda else None
 
 
 @functools.cache
-def _fused_or_none() -> ModuleType | None:
-    return import_module("rayserve_sarathi.kernels.fused") if find_spec("triton") else None
+def _module(name: str) -> ModuleType | None:
+    return import_module(f"rayserve_sarathi.kernels.{name}") if find_spec("triton") else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -81,6 +82,17 @@ def check_graphs(config: EngineConfig) -> Iterator[tuple[str, float, float]]:
         )
         for graph_limits in (None, limits)
     )
+    # The same keys and values in both.
+    for runner, first_block in product((eager, graphs), range(0, 768, 32)):
+        whole = make_step(
+            num_decodes=0,
+            decode_context=0,
+            chunks=((512, 0),),
+            block_size=config.block_size,
+            vocab_size=info.vocab_size,
+            first_block=first_block,
+        )
+        runner.forward(whole, None)
     shapes: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
         "a chunk": (0, 0, ((512, 0),)),
         "a chunk and decodes": (5, 300, ((200, 0), (31, 64))),

@@ -129,18 +129,12 @@ def _measure_step(
         )
         figures["torch_contiguous_us"] = 1e6 * reference_s
     if is_sweeping:
-        least_rows = 16 if num_heads // num_kv_heads <= 16 else 64
-        tilings = (
-            [
-                Tiling(rows=rows, keys=keys, num_splits=1, num_warps=warps, num_stages=stages)
-                for rows, keys, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3))
-            ]
-            if metadata.has_chunks
-            else [
-                Tiling(rows=least_rows, keys=keys, num_splits=splits, num_warps=warps, num_stages=stages)
-                for keys, splits, warps, stages in product((32, 64, 128), (1, 2, 4, 8, 16, 32), (2, 4), (2, 3, 4))
-            ]
-        )
+        chunks = product((64, 128), (32, 64, 128), (1,), ((4, 2), (4, 3), (8, 2), (8, 3)))
+        decodes = product((16,), (32, 64, 128), (1, 2, 4, 8), ((2, 3), (4, 2), (4, 3), (4, 4)))
+        tilings = [
+            Tiling(rows=rows, keys=keys, num_splits=splits, num_warps=warps, num_stages=stages)
+            for rows, keys, splits, (warps, stages) in (chunks if metadata.has_chunks else decodes)
+        ]
         times = {}
         for tiling in tilings:
             try:

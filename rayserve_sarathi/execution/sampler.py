@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rayserve_sarathi.execution.logprobs import token_logprobs
 from rayserve_sarathi.execution.uniform import uniforms
+from rayserve_sarathi.kernels.gpu import sampling_for
 from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import Int32Array, LogitBias, StepInput, TokenHistory
 
@@ -54,9 +55,8 @@ def sample(logits: Tensor, step: StepInput) -> Sampled:
         step: Says how.
     """
     # The largest logit is NaN if any is.
-    bad_rows = np.flatnonzero(~logits.amax(dim=-1).isfinite().cpu().numpy())
-    if len(bad_rows):
-        logits[_tensor(bad_rows, logits)] = 0
+    is_bad = ~logits.amax(dim=-1).isfinite()
+    logits.masked_fill_(is_bad[:, None], 0)
     sampling = step.sampling
     asked = np.flatnonzero(sampling["has_logprobs"])
     raw_logprobs = F.log_softmax(logits[asked], dim=-1) if len(asked) else logits[:0]
@@ -65,15 +65,13 @@ def sample(logits: Tensor, step: StepInput) -> Sampled:
     if step.histories:
         _penalise(logits, sampling, step.histories)
 
-    is_random = sampling["temperature"] > 0
-    if not is_random.any():
-        token_ids = _argmax(logits)
-    else:
-        positions = (step.context_lens + step.query_lens)[step.sample_requests]
-        randoms = np.flatnonzero(is_random)
-        drawn = _draw(logits[randoms], sampling[randoms], uniforms(sampling["seed"], positions)[randoms])
-        token_ids = drawn if is_random.all() else _argmax(logits).index_copy_(0, _tensor(randoms, logits), drawn)
-    chosen: Int32Array = token_ids.cpu().numpy().astype(np.int32)
+    positions = (step.context_lens + step.query_lens)[step.sample_requests]
+    settings = {name: sampling[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    kernel = sampling_for(logits)
+    token_ids = (draw if kernel is None else kernel.draw)(logits, **settings, u=uniforms(sampling["seed"], positions))
+    # Together, as each copy from a GPU waits for it.
+    chosen, bad = torch.stack((token_ids, is_bad.to(token_ids.dtype))).cpu().numpy().astype(np.int32)
+    bad_rows = np.flatnonzero(bad)
 
     if not len(asked):
         return Sampled(chosen, {}, bad_rows)
@@ -108,46 +106,75 @@ def _penalise(logits: Tensor, sampling: _Sampling, histories: tuple[TokenHistory
     logits.index_put_(where, values.clamp_(max=torch.finfo(torch.float32).max))
 
 
-def _draw(logits: Tensor, sampling: _Sampling, u: npt.NDArray[np.float64]) -> Tensor:
-    """Draw a token for each row of logits, [n, V] float32, with a random number each, [n]; return [n] int64."""
+def draw(
+    logits: Tensor,
+    *,
+    temperature: npt.NDArray[np.float32],
+    top_k: npt.NDArray[np.int32],
+    top_p: npt.NDArray[np.float32],
+    min_p: npt.NDArray[np.float32],
+    u: npt.NDArray[np.float64],
+) -> Tensor:
+    """Return a token id for each row, [n] int64; see `kernels.sampling.draw`, which does the same on a GPU."""
+    is_random = temperature > 0
+    if not is_random.any():
+        return _argmax(logits)
+    if not is_random.all():
+        randoms = np.flatnonzero(is_random)
+        where = _tensor(randoms, logits)
+        drawn = draw(
+            logits[where],
+            temperature=temperature[randoms],
+            top_k=top_k[randoms],
+            top_p=top_p[randoms],
+            min_p=min_p[randoms],
+            u=u[randoms],
+        )
+        return _argmax(logits).index_copy_(0, where, drawn)
+
     # Subtracted before the division: a tiny temperature then gives minus infinity and not NaN.
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    weights = logits.div_(_tensor(sampling["temperature"], logits)[:, None]).exp_()
-    thresholds = _tensor(sampling["min_p"], logits)  # The most likely token has weight 1.
-    is_truncated = (sampling["top_p"] < 1) | ((sampling["top_k"] > 0) & (sampling["top_k"] < logits.shape[1]))
-    truncated = np.flatnonzero(is_truncated)
+    weights = logits.div_(_tensor(temperature, logits)[:, None]).exp_()
+    thresholds = _tensor(min_p, logits)  # The most likely token has weight 1.
+    truncated = np.flatnonzero((top_p < 1) | ((top_k > 0) & (top_k < logits.shape[1])))
     if len(truncated):
         rows = _tensor(truncated, logits)
-        lowest = _top_thresholds(weights[rows], sampling[truncated], num_candidates=_NUM_CANDIDATES)
+        lowest = _top_thresholds(
+            weights[rows], top_k=top_k[truncated], top_p=top_p[truncated], num_candidates=_NUM_CANDIDATES
+        )
         thresholds[rows] = torch.maximum(thresholds[rows], lowest)
-    if len(truncated) or sampling["min_p"].any():
+    if len(truncated) or min_p.any():
         weights.masked_fill_(weights < thresholds[:, None], 0)
     return _inverse_cdf(weights, _tensor(u, logits))
 
 
-def _top_thresholds(weights: Tensor, sampling: _Sampling, *, num_candidates: int) -> Tensor:
+def _top_thresholds(
+    weights: Tensor, *, top_k: npt.NDArray[np.int32], top_p: npt.NDArray[np.float32], num_candidates: int
+) -> Tensor:
     """Return the least weight that top_k and top_p keep in each row, [n], of weights, [n, V] float32."""
     vocab_size = weights.shape[1]
-    top_k = np.where(sampling["top_k"] > 0, np.minimum(sampling["top_k"], vocab_size), vocab_size)
+    top_k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size)
     is_limited = top_k < vocab_size
     num_candidates = min(vocab_size, max(num_candidates, int(top_k[is_limited].max(initial=0))))
     top = _largest(weights, num_candidates)  # [n, C]
     last = np.minimum(top_k, num_candidates) - 1
     kth = torch.where(_tensor(is_limited, weights), top.gather(1, _tensor(last, weights)[:, None])[:, 0], 0.0)
-    if (sampling["top_p"] >= 1).all():
+    if (top_p >= 1).all():
         return kth
 
     # Top_p is a share of what top_k leaves. A token is kept if the mass before it is less than that share.
     kept = torch.where(weights < kth[:, None], 0.0, weights)
-    wanted = kept.sum(dim=-1, dtype=torch.float64) * _tensor(sampling["top_p"].astype(np.float64), weights)
+    wanted = kept.sum(dim=-1, dtype=torch.float64) * _tensor(top_p.astype(np.float64), weights)
     mass = torch.where(top < kth[:, None], 0.0, top).cumsum(dim=-1, dtype=torch.float64)
     num_kept = 1 + (mass[:, :-1] < wanted[:, None]).sum(dim=-1, keepdim=True)
-    is_whole = sampling["top_p"] >= 1
+    is_whole = top_p >= 1
     lowest = torch.where(_tensor(is_whole, weights), kth, torch.maximum(kth, top.gather(1, num_kept - 1)[:, 0]))
     too_few = np.flatnonzero(~is_whole & (mass[:, -1] < wanted).cpu().numpy())
     if len(too_few) and num_candidates < vocab_size:
         rows = _tensor(too_few, weights)
-        lowest[rows] = _top_thresholds(weights[rows], sampling[too_few], num_candidates=vocab_size)
+        lowest[rows] = _top_thresholds(
+            weights[rows], top_k=top_k[too_few], top_p=top_p[too_few], num_candidates=vocab_size
+        )
     return lowest
 
 

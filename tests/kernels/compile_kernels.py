@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rayserve_sarathi.kernels import fused
+from rayserve_sarathi.kernels import fused, sampling
 from rayserve_sarathi.kernels.attention import triton_paged
 
 ATTEND_TYPES = ("*bf16", "*bf16", "*bf16", "*bf16", "*fp32", *["*i32"] * 3, "fp32", *["i32"] * 4)
@@ -64,6 +64,7 @@ def kernels(capability: int) -> list[tuple[str, object, tuple[str, ...], dict[st
             8,
         ),
         ("silu_mul", fused._silu_mul, ("*bf16", "*bf16", "i32"), {"COLUMNS": 1024}, 4),
+        ("draw", sampling._draw, ("*fp32", "*fp64", "*i32", "i32", "i32"), {"COLUMNS": 2048}, 8),
         ("rotate_and_write", fused._rotate_and_write, (*["*bf16"] * 3, "*fp32", "*fp32", "*i32"), rotary, 1),
     ]
 

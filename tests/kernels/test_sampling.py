@@ -1,0 +1,67 @@
+"""Triton's sampler beside the plain one, in its interpreter (see conftest.py)."""
+
+import numpy as np
+import pytest
+import torch
+
+from rayserve_sarathi.execution.sampler import draw as plain_draw
+
+sampling = pytest.importorskip("rayserve_sarathi.kernels.sampling", reason="there is no Triton")
+
+SETTINGS = {
+    "greedy": {"temperature": 0.0},
+    "all": {},
+    "cold": {"temperature": 0.2},
+    "tiny temperature": {"temperature": 1e-30},
+    "top_k": {"top_k": 7},
+    "top_k of one": {"top_k": 1},
+    "top_k of more than there are": {"top_k": 10_000},
+    "top_p": {"top_p": 0.6},
+    "tiny top_p": {"top_p": 1e-6},
+    "min_p": {"min_p": 0.3},
+    "all three": {"temperature": 1.7, "top_k": 30, "top_p": 0.9, "min_p": 0.02},
+}
+
+
+def columns(settings: dict[str, float], num_rows: int) -> dict[str, np.ndarray]:
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    types = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
+    return {name: np.full(num_rows, defaults[name], dtype=types[name]) for name in types}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("vocab_size", [50, 5000])
+def test_it_draws_the_same_tokens(settings: dict[str, float], vocab_size: int) -> None:
+    num_rows = 12
+    logits = 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(3))
+    logits[:, 11] = logits[:, 4]  # equals are kept or dropped together
+    u = np.random.default_rng(5).random(num_rows)
+    u[0] = 1 - 2.0**-52
+
+    drawn = sampling.draw(logits.clone(), **columns(settings, num_rows), u=u)
+
+    assert drawn.tolist() == plain_draw(logits.clone(), **columns(settings, num_rows), u=u).tolist()
+
+
+def test_rows_have_settings_of_their_own() -> None:
+    logits = torch.randn(len(SETTINGS), 60, generator=torch.Generator().manual_seed(3))
+    u = np.random.default_rng(6).random(len(SETTINGS))
+    each = [columns(settings, 1) for settings in SETTINGS.values()]
+    together = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+
+    drawn = sampling.draw(logits.clone(), **together, u=u)
+
+    assert drawn.tolist() == plain_draw(logits.clone(), **together, u=u).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_row_that_is_not_finite_spoils_no_other() -> None:
+    logits = torch.randn(3, 60)
+    logits[1] = torch.nan
+    u = np.array([0.3, 0.3, 0.9])
+
+    drawn = sampling.draw(logits.clone(), **columns({"top_p": 0.9, "top_k": 5}, 3), u=u)
+
+    logits[1] = 0
+    expected = plain_draw(logits, **columns({"top_p": 0.9, "top_k": 5}, 3), u=u)
+    assert drawn[[0, 2]].tolist() == expected[[0, 2]].tolist()

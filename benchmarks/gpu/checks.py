@@ -30,6 +30,9 @@ def check_attention() -> Iterator[tuple[str, float, float]]:
     for backend in (TritonAttention(), TorchAttention()):
         for name, case in CASES.items():
             for dtype, tolerance in TOLERANCE.items():
+                # Each kind of case compiles a kernel for each type, a second each.
+                if dtype != torch.bfloat16 and name not in ("mixed", "one-long-decode", "window-across-blocks"):
+                    continue
                 ours, expected = run(backend, case, dtype, DEVICE)
                 error = float((ours - expected).abs().max())
                 yield f"{type(backend).__name__} {name} {dtype}", error, tolerance

@@ -167,7 +167,6 @@ def measure_capacity(name: str, target_s: float, *, num_requests: int, first_rat
     """
     schedulers = {
         "sarathi_auto": SchedulerConfig(policy="sarathi", token_budget="auto", max_num_batched_tokens=2048),
-        "sarathi_512": SchedulerConfig(policy="sarathi", token_budget=512),
         "vllm": SchedulerConfig(policy="vllm", max_num_batched_tokens=8192),
     }
     workload = make_workload(SHAREGPT_LENGTHS, num_requests=num_requests, max_total_tokens=8000)

@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 from rayserve_sarathi.kernels import fused, sampling
 from rayserve_sarathi.kernels.attention import triton_paged
 
+MAX_STACK_BYTES = 16
 ATTEND_TYPES = ("*bf16", "*bf16", "*bf16", "*bf16", "*fp32", *["*i32"] * 3, "fp32", *["i32"] * 4)
 SPLIT_TYPES = ("*bf16", "*bf16", "*bf16", "*fp32", "*fp32", *["*i32"] * 3, "fp32", *["i32"] * 4)
 
@@ -95,7 +96,7 @@ def main() -> None:
         sys.stdout.write(
             f"{name}: {registers} registers, {stack_bytes} bytes of stack, {made.metadata.shared} of shared memory\n"
         )
-        if stack_bytes:
+        if stack_bytes > MAX_STACK_BYTES:
             sys.exit(f"{name} spills registers to {stack_bytes} bytes of stack")
 
 

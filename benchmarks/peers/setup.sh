@@ -19,6 +19,8 @@ environment() { # NAME PACKAGE...: make a virtual environment with some packages
 
 install_openvino() {
     environment openvino "${CPU_INDEX[@]}" 'torch>=2.8,<2.14' openvino-genai==2026.4.1.0 'optimum-intel[openvino]==2.2.0'
+    # Of another build than torch it cannot be imported, and text does not need it.
+    "$FOLDER/openvino/bin/pip" uninstall -q -y torchvision
 }
 
 install_transformers() {
@@ -45,8 +47,7 @@ PYTHON
 install_llama() {
     environment llama "${CPU_INDEX[@]}" 'torch>=2.8,<2.14' 'transformers>=5.0' cmake ninja numpy sentencepiece protobuf
     local source=$FOLDER/llama/source
-    "$FOLDER/llama/bin/pip" download -q --no-deps --no-binary :all: --no-build-isolation -d "$FOLDER/llama" llama-cpp-python==0.3.36 \
-        || "$FOLDER/llama/bin/pip" download -q --no-deps --no-binary :all: -d "$FOLDER/llama" llama-cpp-python==0.3.36
+    "$FOLDER/llama/bin/pip" download -q --no-deps --no-binary :all: -d "$FOLDER/llama" llama-cpp-python==0.3.36
     mkdir -p "$source"
     tar xzf "$FOLDER"/llama/llama_cpp_python-*.tar.gz -C "$source" --strip-components 1
     "$FOLDER/llama/bin/cmake" -S "$source/vendor/llama.cpp" -B "$FOLDER/llama/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \

@@ -1,0 +1,359 @@
+"""This engine beside those that people use today, on this machine, with the same checkpoints: tokens a second, gaps.
+
+benchmarks/peers/setup.sh        once: installs the others
+python benchmarks/peers/run.py [--engines NAME ...] [--models 15m 125m] [--rounds 3] [--json PATH]
+
+Each engine serves OpenAI's API and is driven by the client of `sarathi bench`; OpenVINO GenAI, a library, is driven in
+its own process, without HTTP. W1: 16 clients, 64 tokens in and 128 out (output tokens/s). W2: 8 clients, 1,024 in and
+16 out (all tokens/s). W3: eight running decodes while a prompt of 2,000 tokens comes every two seconds (gaps of the
+running ones, milliseconds). W4: one client, 32 in and 128 out (output tokens/s). W5: 64 requests at once, 256 in and 64
+out (all tokens/s). All are greedy and in float32, and the first tokens are compared with transformers'. Engines take
+turns; of several rounds the median counts. The limit is that of this machine: operations of a large product, or bytes
+of the weights.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent)]
+
+from checkpoint import SIZES, make_checkpoint  # noqa: E402  where they are is set above
+from engines import ENGINES, MODELS, Endpoint, HttpEngine, NotInstalledError, openvino_command, serving  # noqa: E402
+from report import Figure, write_report  # noqa: E402
+from workloads import WORKLOADS, Interference, Workload  # noqa: E402
+
+from kernels import Limits, measure_limits  # noqa: E402
+from rayserve_sarathi.bench.client import CompletionClient  # noqa: E402
+from rayserve_sarathi.bench.load import Send, Tally, run_closed_loop  # noqa: E402
+from rayserve_sarathi.bench.outcome import Outcome  # noqa: E402
+
+NUM_COMPARED = 16
+
+
+class Model:
+    """A checkpoint, and prompts for it: words that are a token each, so that text and token ids are the same.
+
+    Args:
+        name: A size.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.folder = MODELS / name
+        make_checkpoint(name, self.folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        texts = {token_id: self._tokenizer.decode([token_id]) for token_id in range(len(self._tokenizer))}
+        self._words = [
+            token_id
+            for token_id, text in texts.items()
+            if text.startswith(" ") and text[1:].isalpha() and text.isascii()
+            and self._tokenizer.encode(text, add_special_tokens=False) == [token_id]
+        ]  # fmt: skip
+        self._rng = np.random.default_rng(time.time_ns())
+
+    def prompt(self, num_tokens: int) -> list[int]:
+        """Return a new prompt."""
+        return [int(token_id) for token_id in self._rng.choice(self._words, num_tokens)]
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        return str(self._tokenizer.decode(token_ids))
+
+    def expect(self, prompt: Sequence[int]) -> list[int]:
+        """Return what transformers says after a prompt."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder)
+        out = model.generate(torch.tensor([list(prompt)]), max_new_tokens=NUM_COMPARED, do_sample=False)
+        return [int(token_id) for token_id in out[0, len(prompt) :]]
+
+    def num_parameters(self) -> int:
+        """Return the weights that a token is multiplied with: all but the embedding."""
+        size = SIZES[self.name]
+        head_size = size["hidden_size"] // size["num_attention_heads"]
+        kv_size = 2 * size["num_key_value_heads"] * head_size
+        attention = size["hidden_size"] * (2 * size["hidden_size"] + kv_size)
+        mlp = 3 * size["hidden_size"] * size["intermediate_size"]
+        return size["num_hidden_layers"] * (attention + mlp) + size["vocab_size"] * size["hidden_size"]
+
+
+class TextClient(CompletionClient):
+    """Asks in text, and with nothing that is not OpenAI's."""
+
+    def __init__(self, url: str, *, model: str, text: Callable[[Sequence[int]], str]) -> None:
+        super().__init__(url, model=model, ignore_eos=False, has_continuous_usage=False)
+        self._text = text
+
+    def encode(self, prompt_token_ids: Sequence[int], *, num_tokens: int) -> bytes:
+        """See `CompletionClient.encode`."""
+        text = self._text(prompt_token_ids)
+        return json.dumps(
+            {"model": self.model, "stream": True, "temperature": 0, "prompt": text, "max_tokens": num_tokens}
+        ).encode()
+
+
+def measure_http(engine: HttpEngine, model: Model, names: Sequence[str]) -> dict[str, Figure]:
+    """Return the figures of an engine's workloads."""
+    figures: dict[str, Figure] = {}
+    for is_interfered in sorted({name == "W3" for name in names} if engine.has_own_way else {False}):
+        with serving(engine, model.name, is_interfered=is_interfered) as endpoint:
+            mine = [name for name in names if not engine.has_own_way or (name == "W3") == is_interfered]
+            figures |= asyncio.run(_drive(endpoint, model, mine))
+    return figures
+
+
+async def _drive(endpoint: Endpoint, model: Model, names: Sequence[str]) -> dict[str, Figure]:
+    figures: dict[str, Figure] = {}
+    client = (
+        TextClient(endpoint.url, model=endpoint.model, text=model.text)
+        if endpoint.takes_text
+        else CompletionClient(endpoint.url, model=endpoint.model)
+    )
+    async with client:
+        warm = await _complete(client, model.prompt(300), 4)
+        _check([warm])
+        for workload in WORKLOADS:
+            if workload.name in names:
+                seconds = await _run(client, model, workload)
+                figures[workload.name] = workload.num_counted(model.name) / seconds
+        if "W3" in names:
+            figures["W3"] = _gap_figures(await _interfere(client, model, Interference()))
+    return figures
+
+
+async def _run(client: CompletionClient, model: Model, workload: Workload) -> float:
+    count = workload.num_requests[model.name]
+    bodies = [
+        client.encode(model.prompt(workload.num_prompt_tokens), num_tokens=workload.num_output_tokens)
+        for _ in range(count)
+    ]
+
+    def prepare(index: int) -> Send:
+        async def send(due_s: float) -> Outcome:
+            return await client.complete(
+                bodies[index],
+                num_prompt_tokens=workload.num_prompt_tokens,
+                num_tokens=workload.num_output_tokens,
+                due_s=due_s,
+            )
+
+        return send
+
+    tally = Tally(num_requests=count)
+    await run_closed_loop(prepare, num_clients=workload.num_clients, tally=tally)
+    _check(tally.outcomes)
+    return tally.duration_s
+
+
+async def _interfere(client: CompletionClient, model: Model, load: Interference) -> list[float]:
+    end_s = time.perf_counter() + load.duration_s
+    gaps: list[float] = []
+
+    async def decode() -> None:
+        while time.perf_counter() < end_s:
+            outcome = await _complete(client, model.prompt(load.num_prompt_tokens), load.num_output_tokens)
+            _check([outcome])
+            times = [time_s for time_s in outcome.token_times_s if time_s < end_s]
+            gaps.extend(after - before for before, after in itertools.pairwise(times))
+
+    async def interrupt() -> None:
+        begin_s = time.perf_counter()
+        async with asyncio.TaskGroup() as prompts:
+            for number in range(1, int(load.duration_s / load.period_s)):
+                await asyncio.sleep(begin_s + number * load.period_s - time.perf_counter())
+                prompts.create_task(_complete(client, model.prompt(load.long_prompt_tokens), load.long_output_tokens))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(load.num_decoding):
+            group.create_task(decode())
+        group.create_task(interrupt())
+    return gaps
+
+
+async def _complete(client: CompletionClient, prompt: Sequence[int], num_tokens: int) -> Outcome:
+    body = client.encode(prompt, num_tokens=num_tokens)
+    return await client.complete(body, num_prompt_tokens=len(prompt), num_tokens=num_tokens, due_s=time.perf_counter())
+
+
+def _check(outcomes: Sequence[Outcome]) -> None:
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            raise RuntimeError(f"a request failed ({outcome.failure.label}): {outcome.failure.message}")
+        if outcome.has_usage and outcome.num_output_tokens != outcome.num_tokens_asked:
+            raise RuntimeError(f"{outcome.num_output_tokens} tokens came of {outcome.num_tokens_asked}")
+
+
+def _gap_figures(gaps: Sequence[float]) -> dict[str, Figure]:
+    p50, p99 = np.quantile(gaps, [0.5, 0.99])
+    return {"p50_ms": 1e3 * float(p50), "p99_ms": 1e3 * float(p99), "max_ms": 1e3 * max(gaps)}
+
+
+def measure_openvino(model: Model, names: Sequence[str]) -> dict[str, Figure]:
+    """Return the figures of OpenVINO GenAI's workloads, driven in its own process."""
+    figures: dict[str, Figure] = {}
+    with subprocess.Popen(
+        openvino_command(model.name),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def ask(job: dict[str, object]) -> dict[str, object]:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise NotInstalledError("OpenVINO's process has ended")
+            answer: dict[str, object] = json.loads(line)
+            return answer
+
+        if process.stdout.readline() != "ready\n":
+            raise NotInstalledError("OpenVINO did not start")
+        prompt = model.prompt(32)
+        tokens = ask({"kind": "generate", "prompt": prompt, "num_tokens": NUM_COMPARED})["token_ids"]
+        figures["same_tokens"] = "yes" if tokens == model.expect(prompt) else "no"
+        for workload in WORKLOADS:
+            if workload.name in names:
+                count = workload.num_requests[model.name]
+                answer = ask(
+                    {
+                        "kind": "run",
+                        "prompts": [model.prompt(workload.num_prompt_tokens) for _ in range(count)],
+                        "num_tokens": workload.num_output_tokens,
+                        "num_clients": workload.num_clients,
+                    }
+                )
+                seconds = answer["seconds"]
+                assert isinstance(seconds, float)
+                figures[workload.name] = workload.num_counted(model.name) / seconds
+        if "W3" in names:
+            load = Interference()
+            answer = ask(
+                {
+                    "kind": "interfere",
+                    "prompts": [model.prompt(load.num_prompt_tokens) for _ in range(64)],
+                    "long_prompts": [model.prompt(load.long_prompt_tokens) for _ in range(16)],
+                    "num_decoding": load.num_decoding,
+                    "num_output_tokens": load.num_output_tokens,
+                    "long_output_tokens": load.long_output_tokens,
+                    "period_s": load.period_s,
+                    "duration_s": load.duration_s,
+                }
+            )
+            gaps = answer["gaps_s"]
+            assert isinstance(gaps, list)
+            figures["W3"] = _gap_figures(gaps)
+        process.stdin.close()
+    return figures
+
+
+def compare(engine: HttpEngine, model: Model) -> str:
+    """Return whether an engine's first greedy tokens are transformers'."""
+    prompt = model.prompt(32)
+    with serving(engine, model.name, is_interfered=False) as endpoint:
+        head = model.text(prompt) if endpoint.takes_text else prompt
+        body = {"model": endpoint.model, "prompt": head, "max_tokens": NUM_COMPARED, "temperature": 0}
+
+        request = urllib.request.Request(
+            f"{endpoint.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            text = json.load(response)["choices"][0]["text"]
+    return "yes" if text.strip() == model.text(model.expect(prompt)).strip() else "no"
+
+
+def limit_of(workload: Workload, model: Model, limits: Limits) -> float:
+    """Return the tokens a second that count if each step took the longer of its operations and its weights' bytes."""
+    weights = model.num_parameters()
+    prefill_s = 2 * weights * workload.num_prompt_tokens / limits.operations
+    rows = workload.num_clients
+    decode_s = limits.time_s(4 * weights, 2 * weights * rows) / rows * workload.num_output_tokens
+    each = workload.num_output_tokens + (workload.num_prompt_tokens if workload.is_total else 0)
+    return each / (prefill_s + decode_s)
+
+
+def median_of(rounds: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
+    """Return the median of each figure."""
+    merged: dict[str, Figure] = {}
+    for name, first in rounds[0].items():
+        several = [one[name] for one in rounds if name in one]
+        if isinstance(first, dict):
+            merged[name] = median_of([one for one in several if isinstance(one, dict)])
+        elif isinstance(first, float):
+            merged[name] = statistics.median(one for one in several if isinstance(one, float))
+        else:
+            merged[name] = first
+    return merged
+
+
+def main() -> None:
+    """Let the engines take turns, and write the figures."""
+    everyone = [engine.name for engine in ENGINES] + ["openvino"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", choices=everyone, default=everyone, help="default: all")
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES), help="default: all")
+    parser.add_argument(
+        "--workloads", nargs="+", choices=["W1", "W2", "W3", "W4", "W5"], default=["W1", "W2", "W3", "W4", "W5"]
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    arguments = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    limits = measure_limits()
+    figures: dict[str, Figure] = {
+        "bandwidth_gb_per_s": limits.bandwidth / 1e9,
+        "gflop_per_s": limits.operations / 1e9,
+        "rounds": arguments.rounds,
+    }
+    by_engine = {engine.name: engine for engine in ENGINES}
+    for name in arguments.models:
+        model = Model(name)
+        rounds: dict[str, list[dict[str, Figure]]] = {engine: [] for engine in arguments.engines}
+        failures: dict[str, Figure] = {}
+        for number, engine in itertools.product(range(arguments.rounds), arguments.engines):
+            if engine in failures:
+                continue
+            try:
+                if engine == "openvino":
+                    measured = measure_openvino(model, arguments.workloads)
+                else:
+                    measured = measure_http(by_engine[engine], model, arguments.workloads)
+                    if number == 0:
+                        measured["same_tokens"] = compare(by_engine[engine], model)
+            except (NotInstalledError, RuntimeError, ExceptionGroup) as error:
+                failures[engine] = str(error)[-600:]
+                sys.stdout.write(f"{name}, {engine}: {error}\n")
+                continue
+            rounds[engine].append(measured)
+            sys.stdout.write(f"{name}, round {number + 1}, {engine}: {measured}\n")
+            sys.stdout.flush()
+        figures[name] = {
+            "limit": {
+                workload.name: limit_of(workload, model, limits)
+                for workload in WORKLOADS
+                if workload.name in arguments.workloads
+            },
+            **{engine: median_of(several) for engine, several in rounds.items() if several},
+            **failures,
+        }
+        write_report(figures, path=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

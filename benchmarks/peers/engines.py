@@ -44,11 +44,13 @@ class Endpoint:
         url: Where.
         model: What it calls the model.
         takes_text: Whether prompts must be text, and only fields of OpenAI's are known.
+        has_keep_alive: See `CompletionClient`.
     """
 
     url: str
     model: str
     takes_text: bool = False
+    has_keep_alive: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +126,11 @@ def _llama(model: str, is_interfered: bool) -> Iterator[Endpoint]:
     command = [
         *(server, "-m", str(file), "--alias", model, "--host", "127.0.0.1", "--no-kv-unified"),
         *("-t", str(len(os.sched_getaffinity(0))), "-np", str(num_slots), "-c", str(4096 * num_slots)),
+        # A connection takes a thread for as long as it is open.
+        *("--threads-http", "100"),
         *(("-b", "256") if is_interfered else ()),
     ]
-    yield from _process("llama", command, {}, model)
+    yield from _process("llama", command, {}, model, has_keep_alive=False)
 
 
 def _transformers(model: str, is_interfered: bool) -> Iterator[Endpoint]:
@@ -139,7 +143,13 @@ def _transformers(model: str, is_interfered: bool) -> Iterator[Endpoint]:
 
 
 def _process(
-    name: str, command: Sequence[str], environment: Mapping[str, str], model: str, *, takes_text: bool = False
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    model: str,
+    *,
+    takes_text: bool = False,
+    has_keep_alive: bool = True,
 ) -> Iterator[Endpoint]:
     port = free_port()
     with tempfile.TemporaryFile() as log:
@@ -158,7 +168,9 @@ def _process(
                     text = log.read().decode(errors="replace")[-1500:]
                     raise NotInstalledError(f"{name} does not answer within {_START_S:.0f} s: {text}")
                 time.sleep(0.2)
-            yield Endpoint(url=f"http://127.0.0.1:{port}", model=model, takes_text=takes_text)
+            yield Endpoint(
+                url=f"http://127.0.0.1:{port}", model=model, takes_text=takes_text, has_keep_alive=has_keep_alive
+            )
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:

@@ -120,7 +120,7 @@ async def _drive(endpoint: Endpoint, model: Model, names: Sequence[str]) -> dict
     client = (
         TextClient(endpoint.url, model=endpoint.model, text=model.text)
         if endpoint.takes_text
-        else CompletionClient(endpoint.url, model=endpoint.model)
+        else CompletionClient(endpoint.url, model=endpoint.model, has_keep_alive=endpoint.has_keep_alive)
     )
     async with client:
         warm = await _complete(client, model.prompt(300), 4)

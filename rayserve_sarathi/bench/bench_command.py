@@ -64,6 +64,11 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not ask for the number of tokens in each chunk, for servers that do not know continuous_usage_stats",
     )
+    server.add_argument(
+        "--no-keep-alive",
+        action="store_true",
+        help="open a connection for each request, for servers that close them without saying so, as llama.cpp's does",
+    )
     server.add_argument("--num-warmups", type=int, default=1, metavar="N", help="small requests before (default: 1)")
 
 

@@ -47,6 +47,8 @@ class CompletionClient:
             vLLM, SGLang and this package know.
         has_continuous_usage: Whether to ask for the number of tokens in each chunk; see `token_log`.
         extra_body: More fields of each body, such as `min_tokens`.
+        has_keep_alive: Whether requests follow each other on a connection. llama.cpp's server closes it after each,
+            without saying so, and the next request would fail.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class CompletionClient:
         ignore_eos: bool = True,
         has_continuous_usage: bool = True,
         extra_body: Mapping[str, object] | None = None,
+        has_keep_alive: bool = True,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
@@ -75,8 +78,13 @@ class CompletionClient:
         headers = {"accept-encoding": "identity"}  # packing would hold tokens back
         if key:
             headers["authorization"] = f"Bearer {key}"
+        connector = (
+            aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+            if has_keep_alive
+            else aiohttp.TCPConnector(limit=0, force_close=True)
+        )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            connector=connector,
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=timeout_s),
         )

@@ -84,6 +84,7 @@ async def open_session(arguments: argparse.Namespace) -> AsyncIterator[Session]:
         ignore_eos=not arguments.end_at_eos,
         has_continuous_usage=not arguments.no_continuous_usage,
         extra_body=extra_body,
+        has_keep_alive=not arguments.no_keep_alive,
     ) as client:
         prompts = await make_prompts(client, vocab_size=arguments.vocab_size, seed=arguments.prompt_seed)
         await warm_up(client, prompts, num_requests=arguments.num_warmups)

@@ -26,7 +26,7 @@ class TokenLog:
         self.num_prompt_tokens: int | None = None
         """By the server's usage; None until it tells one."""
         self.is_complete = False
-        """Whether the stream has said that it ends."""
+        """Whether the stream has said that it ends: by [DONE], or by a finish reason, as transformers' server does."""
         self.failure: Failure | None = None
         """What the stream itself says went wrong."""
         self._num_tokens_told: int | None = None
@@ -60,6 +60,7 @@ class TokenLog:
     def _count(self, chunk: dict[str, Any], now_s: float) -> None:
         choices = chunk.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+        self.is_complete |= choice is not None and choice.get("finish_reason") is not None
         told = self._read_usage(chunk.get("usage"))
         if told is not None:
             self._num_tokens_told = told

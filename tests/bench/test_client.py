@@ -182,3 +182,24 @@ async def test_no_server_is_a_failed_connection():
 
     assert outcome.failure is not None
     assert outcome.failure.kind is FailureKind.CONNECT
+
+
+async def test_a_stream_without_done_is_complete_if_it_tells_why_it_ends():
+    last = {"choices": [{"index": 0, "text": "b", "finish_reason": "length"}]}
+
+    outcome = await outcome_of(stream(event(token()), event(last)))
+
+    assert outcome.failure is None
+    assert outcome.num_output_tokens == 2
+
+
+async def test_without_keep_alive_each_request_has_a_connection_of_its_own():
+    answer = stream(event(token(num_tokens=1)), DONE)
+    async with (
+        scripted_server([answer, answer]) as url,
+        CompletionClient(url, model="tiny", has_keep_alive=False) as client,
+    ):
+        for _ in range(2):
+            body = client.encode([1], num_tokens=1)
+            outcome = await client.complete(body, num_prompt_tokens=1, num_tokens=1, due_s=0.0)
+            assert outcome.failure is None

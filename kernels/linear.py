@@ -22,20 +22,35 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._num_outputs = len(weight)
+        self.num_outputs = len(weight)
         self._kernels = kernels_for(weight)
         self._weight = weight if self._kernels is None else _pack(weight, self._kernels.sarathi_panel())
         self._bias = bias
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is laid out for the C++ kernels."""
+        return self._kernels is not None
+
+    @property
+    def panels(self) -> Tensor:
+        """The weight as the C++ kernels read it; only if it is packed."""
+        assert self.is_packed, "the weight is plain"
+        return self._weight
+
+    @property
+    def bias_pointer(self) -> int | None:
+        """Where the bias is; None if there is none."""
+        return None if self._bias is None else self._bias.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y, [T, O], for x, [T, I]."""
         if self._kernels is None:
             return F.linear(x, self._weight, self._bias)
         x = x.contiguous()
-        y = torch.empty((len(x), self._num_outputs), dtype=torch.float32)
-        bias = None if self._bias is None else self._bias.data_ptr()
+        y = torch.empty((len(x), self.num_outputs), dtype=torch.float32)
         self._kernels.sarathi_linear(
-            x.data_ptr(), *x.shape, self._weight.data_ptr(), self._num_outputs, bias, y.data_ptr()
+            x.data_ptr(), *x.shape, self._weight.data_ptr(), self.num_outputs, self.bias_pointer, y.data_ptr()
         )
         return y
 

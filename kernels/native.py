@@ -34,6 +34,7 @@ _SIGNATURES = {
     "sarathi_rms_norm": "pppppllf",
     "sarathi_rotary": "plpplii",
     "sarathi_silu_mul": "ppll",
+    "sarathi_layers": "pipppp",
 }
 """The types of each kernel's arguments, in order; see csrc/cpu.cpp."""
 
@@ -89,6 +90,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in ("sarathi_lanes", "sarathi_panel"):
         getattr(library, name).restype = ctypes.c_int
+    library.sarathi_layers_scratch.restype = ctypes.c_int64
     for name, types in _SIGNATURES.items():
         kernel = getattr(library, name)
         kernel.restype = None

@@ -17,9 +17,14 @@ class AttentionBackend(Protocol):
     Attributes:
         is_graphable: Whether all that depends on a step's lengths is read on the device, so that a CUDA graph of the
             calls holds for other lengths.
+        is_in_layers: Whether `kernels.layers` may compute in its place, whole layers at once.
     """
 
     is_graphable: bool
+
+    @property
+    def is_in_layers(self) -> bool:
+        """See above."""
 
     def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return why it cannot attend so, or None if it can."""

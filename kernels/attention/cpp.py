@@ -21,6 +21,7 @@ class CppAttention:
     """
 
     is_graphable = False
+    is_in_layers = True
 
     def __init__(self) -> None:
         library = load_library()

@@ -23,6 +23,7 @@ class FlashAttention:
     """
 
     is_graphable = False
+    is_in_layers = False
     # Of a block's tokens; what their kernels step by.
     _block_multiple: ClassVar[int] = 256
     _modules: ClassVar[tuple[str, ...]] = ("flash_attn",)

@@ -21,6 +21,7 @@ class FlashInferAttention:
     """
 
     is_graphable = False
+    is_in_layers = False
 
     def __init__(self) -> None:
         self._workspace: Tensor | None = None

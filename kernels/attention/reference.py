@@ -21,6 +21,7 @@ class TorchAttention:
     """
 
     is_graphable = False
+    is_in_layers = False
 
     def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return None: it attends on any device, in any type."""

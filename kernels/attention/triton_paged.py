@@ -47,6 +47,7 @@ class TritonAttention:
     """Chunks and decodes in one call. A block holds keys, and values, as [S, K, H], as flash-attn's do."""
 
     is_graphable = True
+    is_in_layers = False
 
     def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """See `AttentionBackend`."""

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -49,6 +50,33 @@ INLINE Vector load(const bfloat16* from) {
 }
 
 INLINE void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
+
+// The threads of a parallel region. They meet at a barrier of their own: OpenMP's lets a thread sleep at once where the
+// process has more threads than cores, and waking it takes longer than most of what is done between two barriers.
+class Team {
+  public:
+    explicit Team(int size) : size(size) {}
+
+    void meet() {
+        const int round = rounds.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            arrived.store(0, std::memory_order_relaxed);
+            rounds.store(round + 1, std::memory_order_release);
+            return;
+        }
+        // Some 100 us; then whoever else wants the core may have it.
+        for (int spins = 0; rounds.load(std::memory_order_acquire) == round; spins++)
+            if (spins >= 4096) std::this_thread::yield();
+#ifdef __x86_64__
+            else __builtin_ia32_pause();
+#endif
+    }
+
+    const int size;
+
+  private:
+    std::atomic<int> arrived{0}, rounds{0};
+};
 
 INLINE Vector broadcast(float value) { return Vector{} + value; }
 
@@ -287,14 +315,42 @@ std::vector<Task> make_tasks(const Step& step, const Cache& cache, int num_reque
     return tasks;
 }
 
+// Numbers that `attend` needs of its own.
+int64_t buffer_size(int head_size) { return ROWS * (2 * head_size + KEYS + 2); }
+
+// Takes tasks until there are none; each thread calls this.
+template <class T>
+void attend_some(const Step& step, const Cache& cache, const std::vector<Task>& tasks, std::atomic<int64_t>& next,
+                 float* buffer) {
+    for (int64_t task; (task = next.fetch_add(1)) < (int64_t)tasks.size();)
+        attend<T>(step, cache, tasks[task], buffer);
+}
+
 template <class T>
 void attend_all(const Step& step, const Cache& cache, int num_requests) {
     const std::vector<Task> tasks = make_tasks(step, cache, num_requests);
-    std::atomic<size_t> next{0};
+    std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(std::min<int>(omp_get_max_threads(), tasks.size()))
     {
-        std::vector<float> buffer(ROWS * (2 * cache.head_size + KEYS + 2));
-        for (size_t task; (task = next.fetch_add(1)) < tasks.size();) attend<T>(step, cache, tasks[task], buffer.data());
+        std::vector<float> buffer(buffer_size(cache.head_size));
+        attend_some<T>(step, cache, tasks, next, buffer.data());
+    }
+}
+
+// A block is cleared when its first slot is written: see kv_write.py.
+template <class T>
+void clear_block(T* pool, int64_t block, int64_t block_elements) {
+    std::memset(pool + block * block_elements, 0, sizeof(T) * block_elements);
+}
+
+// k and v are a token's keys and values, [K, H].
+template <class T>
+void write_token(const T* k, const T* v, T* keys, T* values, int32_t slot, int num_kv_heads, int H, int S) {
+    const int64_t block = slot / S * ((int64_t)num_kv_heads * H * S), offset = slot % S;
+    for (int head = 0; head < num_kv_heads; head++) {
+        T* to = keys + block + (int64_t)head * H * S + offset;
+        for (int d = 0; d < H; d++) to[(int64_t)d * S] = k[head * H + d];
+        std::memcpy(values + block + (head * S + offset) * H, v + head * H, sizeof(T) * H);
     }
 }
 
@@ -305,19 +361,11 @@ void write_all(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* ke
 #pragma omp parallel if (num_tokens * num_kv_heads * H > 1 << 15)
     {
 #pragma omp for
-        for (int64_t index = 0; index < num_new_blocks; index++) {
-            std::memset(keys + new_blocks[index] * block_elements, 0, sizeof(T) * block_elements);
-            std::memset(values + new_blocks[index] * block_elements, 0, sizeof(T) * block_elements);
-        }
+        for (int64_t index = 0; index < num_new_blocks; index++)
+            for (T* pool : {keys, values}) clear_block(pool, new_blocks[index], block_elements);
 #pragma omp for
-        for (int64_t token = 0; token < num_tokens; token++) {
-            const int64_t block = slots[token] / S * block_elements, offset = slots[token] % S;
-            for (int head = 0; head < num_kv_heads; head++) {
-                T* to = keys + block + (int64_t)head * H * S + offset;
-                for (int d = 0; d < H; d++) to[(int64_t)d * S] = k[token * k_stride + head * H + d];
-                std::memcpy(values + block + (head * S + offset) * H, v + token * v_stride + head * H, sizeof(T) * H);
-            }
-        }
+        for (int64_t token = 0; token < num_tokens; token++)
+            write_token(k + token * k_stride, v + token * v_stride, keys, values, slots[token], num_kv_heads, H, S);
     }
 }
 
@@ -375,39 +423,179 @@ void multiply_panel(const float* x, int64_t num_rows, int64_t num_inputs, const 
     }
 }
 
+// Takes panels until there are none; each of the threads calls this.
+void multiply_some(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, int64_t num_outputs,
+                   const float* bias, float* y, std::atomic<int64_t>& next, int num_threads) {
+    const int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
+    const int64_t share = std::max<int64_t>(1, num_panels / (num_threads * 8));
+    std::vector<float> last(num_outputs % PANEL ? num_rows * PANEL : 0);
+    for (int64_t first; (first = next.fetch_add(share)) < num_panels;)
+        for (int64_t index = first; index < std::min(first + share, num_panels); index++) {
+            const int64_t output = index * PANEL, width = std::min<int64_t>(PANEL, num_outputs - output);
+            float start[PANEL] = {};
+            if (bias) std::memcpy(start, bias + output, sizeof(float) * width);
+            const float* panel = panels + output * num_inputs;
+            if (width == PANEL) {
+                multiply_panel(x, num_rows, num_inputs, panel, start, y + output, num_outputs);
+                continue;
+            }
+            multiply_panel(x, num_rows, num_inputs, panel, start, last.data(), PANEL);
+            for (int64_t r = 0; r < num_rows; r++)
+                std::memcpy(y + r * num_outputs + output, last.data() + r * PANEL, sizeof(float) * width);
+        }
+}
+
 void multiply_all(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, int64_t num_outputs,
                   const float* bias, float* y) {
-    const int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
     const int num_threads = num_rows * num_inputs * num_outputs < 1 << 15 ? 1 : omp_get_max_threads();
-    const int64_t share = std::max<int64_t>(1, num_panels / (num_threads * 8));
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    {
-        std::vector<float> last(num_outputs % PANEL ? num_rows * PANEL : 0);
-        for (int64_t first; (first = next.fetch_add(share)) < num_panels;)
-            for (int64_t index = first; index < std::min(first + share, num_panels); index++) {
-                const int64_t output = index * PANEL, width = std::min<int64_t>(PANEL, num_outputs - output);
-                float start[PANEL] = {};
-                if (bias) std::memcpy(start, bias + output, sizeof(float) * width);
-                const float* panel = panels + output * num_inputs;
-                if (width == PANEL) {
-                    multiply_panel(x, num_rows, num_inputs, panel, start, y + output, num_outputs);
-                    continue;
-                }
-                multiply_panel(x, num_rows, num_inputs, panel, start, last.data(), PANEL);
-                for (int64_t r = 0; r < num_rows; r++)
-                    std::memcpy(y + r * num_outputs + output, last.data() + r * PANEL, sizeof(float) * width);
-            }
-    }
+    multiply_some(x, num_rows, num_inputs, panels, num_outputs, bias, y, next, num_threads);
 }
 
 // ---- what is done to each row
+
+// y = norm(x + residual) * weight and total = x + residual; without a residual, total is not written.
+INLINE void norm_row(const float* x, const float* residual, const float* weight, float* y, float* total, int64_t size,
+                     float eps) {
+    Vector squares = {};
+    if (residual) {
+        for (int64_t d = 0; d < size; d += LANES) {
+            Vector sum = load(x + d) + load(residual + d);
+            store(total + d, sum);
+            squares += sum * sum;
+        }
+        x = total;
+    } else {
+        for (int64_t d = 0; d < size; d += LANES) squares += load(x + d) * load(x + d);
+    }
+    const Vector scale = broadcast(1.f / std::sqrt(sum_of(squares) / size + eps));
+    for (int64_t d = 0; d < size; d += LANES) store(y + d, load(x + d) * scale * load(weight + d));
+}
+
+// Rotates a token's heads, [N, H], in place; cos and sin are [H / 2].
+INLINE void rotate_token(float* x, const float* cos, const float* sin, int num_heads, int head_size) {
+    const int half = head_size / 2;
+    for (int head = 0; head < num_heads; head++) {
+        float *first = x + head * head_size, *second = first + half;
+        for (int d = 0; d < half; d++) {
+            const float a = first[d], b = second[d];
+            first[d] = a * cos[d] - b * sin[d];
+            second[d] = b * cos[d] + a * sin[d];
+        }
+    }
+}
+
+// y = silu(gate) * up.
+INLINE void silu_row(const float* gate, const float* up, float* y, int64_t size) {
+    for (int64_t d = 0; d < size; d += LANES) {
+        // With e = exp(-|g|), silu(g) is g / (1 + e) above 0 and g e / (1 + e) below: nothing overflows.
+        const Vector g = load(gate + d);
+        const Vector e = exp2_of_negative((g < 0.f ? g : -g) * LOG2_E);
+        store(y + d, g * (g < 0.f ? e : broadcast(1.f)) / (1.f + e) * load(up + d));
+    }
+}
 
 // Calls `run` for each row, on several threads if there is enough to do.
 template <class F>
 INLINE void for_rows(int64_t num_rows, int64_t row_size, F run) {
 #pragma omp parallel for if (num_rows * row_size > 1 << 15)
     for (int64_t row = 0; row < num_rows; row++) run(row);
+}
+
+// ---- whole layers
+//
+// The kernels above one after the other, as models/layers.py orders them, but in one parallel region for all layers: a
+// decode of a small model is otherwise mostly the beginning and ending of some ten regions a layer.
+
+struct LayerWeights {
+    const float *input_norm, *qkv, *qkv_bias, *o, *o_bias, *mlp_norm, *up, *up_bias, *down, *down_bias;
+    float *keys, *values;
+    int64_t window;
+};
+
+struct LayerSizes {
+    int64_t hidden_size, intermediate_size, num_heads, num_kv_heads, head_size, block_size;
+    float eps, scale;
+};
+
+// A step, as AttentionMetadata describes it, and its angles.
+struct LayerStep {
+    const float *cos, *sin;
+    const int32_t *slots, *new_blocks, *cu_query_lens, *seq_lens, *block_tables;
+    int64_t num_tokens, num_new_blocks, num_requests, table_stride;
+};
+
+constexpr int PHASES = 5;  // of a layer, in which threads take what is next
+
+struct Scratch {
+    float *x, *qkv, *attention, *delta, *up, *activated;
+
+    Scratch(float* from, const LayerSizes& sizes, int64_t num_tokens) {
+        const int64_t heads = sizes.num_heads * sizes.head_size, kv = sizes.num_kv_heads * sizes.head_size;
+        x = from;
+        delta = x + num_tokens * sizes.hidden_size;
+        qkv = delta + num_tokens * sizes.hidden_size;
+        attention = qkv + num_tokens * (heads + 2 * kv);
+        up = attention + num_tokens * heads;
+        activated = up + num_tokens * 2 * sizes.intermediate_size;
+    }
+};
+
+void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const LayerStep& step,
+               const std::vector<Task>& tasks, const Scratch& scratch, float* hidden, bool is_first, Team& team,
+               int thread, std::atomic<int64_t>* next, float* buffer) {
+    const int64_t D = sizes.hidden_size, F = sizes.intermediate_size, H = sizes.head_size, T = step.num_tokens;
+    const int64_t heads = sizes.num_heads * H, kv = sizes.num_kv_heads * H, row_size = heads + 2 * kv;
+    auto mine = [&](int64_t count, auto run) {
+        for (int64_t i = count * thread / team.size; i < count * (thread + 1) / team.size; i++) run(i);
+    };
+    auto multiply = [&](const float* x, int64_t inputs, const float* panels, int64_t outputs, const float* bias,
+                        float* y, int phase) {
+        multiply_some(x, T, inputs, panels, outputs, bias, y, next[phase], team.size);
+        team.meet();
+    };
+    auto norm = [&](const float* weight, bool has_delta) {
+        mine(T, [&](int64_t token) {
+            float *row = hidden + token * D, *delta = scratch.delta + token * D;
+            if (has_delta)
+                norm_row(delta, row, weight, scratch.x + token * D, row, D, sizes.eps);
+            else
+                norm_row(row, nullptr, weight, scratch.x + token * D, nullptr, D, sizes.eps);
+        });
+    };
+
+    mine(step.num_new_blocks, [&](int64_t index) {
+        for (float* pool : {weights.keys, weights.values})
+            clear_block(pool, step.new_blocks[index], kv * sizes.block_size);
+    });
+    norm(weights.input_norm, !is_first);
+    team.meet();
+    multiply(scratch.x, D, weights.qkv, row_size, weights.qkv_bias, scratch.qkv, 0);
+    mine(T, [&](int64_t token) {
+        float* row = scratch.qkv + token * row_size;
+        const int64_t angle = token * H / 2;
+        rotate_token(row, step.cos + angle, step.sin + angle, sizes.num_heads + sizes.num_kv_heads, H);
+        write_token(row + heads, row + heads + kv, weights.keys, weights.values, step.slots[token], sizes.num_kv_heads,
+                    H, sizes.block_size);
+    });
+    team.meet();
+    const Step attention = {scratch.qkv,   row_size, scratch.attention,    step.cu_query_lens,
+                            step.seq_lens, (int)sizes.num_heads, sizes.scale, (int)weights.window};
+    const Cache cache = {weights.keys,      weights.values,          step.block_tables,   step.table_stride,
+                         (int)sizes.num_kv_heads, (int)H, (int)sizes.block_size};
+    attend_some<float>(attention, cache, tasks, next[1], buffer);
+    team.meet();
+    multiply(scratch.attention, heads, weights.o, D, weights.o_bias, scratch.delta, 2);
+    norm(weights.mlp_norm, true);
+    team.meet();
+    multiply(scratch.x, D, weights.up, 2 * F, weights.up_bias, scratch.up, 3);
+    mine(T, [&](int64_t token) {
+        const float* gate = scratch.up + token * 2 * F;
+        silu_row(gate, gate + F, scratch.activated + token * F, F);
+    });
+    team.meet();
+    multiply(scratch.activated, F, weights.down, D, weights.down_bias, scratch.delta, 4);
 }
 
 }  // namespace
@@ -461,22 +649,8 @@ void sarathi_linear(const float* x, int64_t num_rows, int64_t num_inputs, const 
 void sarathi_rms_norm(const float* x, const float* residual, const float* weight, float* y, float* total,
                       int64_t num_rows, int64_t size, float eps) {
     for_rows(num_rows, size, [=](int64_t row) {
-        const float* from = x + row * size;
-        Vector squares = {};
-        if (residual) {
-            float* sums = total + row * size;
-            for (int64_t d = 0; d < size; d += LANES) {
-                Vector sum = load(from + d) + load(residual + row * size + d);
-                store(sums + d, sum);
-                squares += sum * sum;
-            }
-            from = sums;
-        } else {
-            for (int64_t d = 0; d < size; d += LANES) squares += load(from + d) * load(from + d);
-        }
-        const Vector scale = broadcast(1.f / std::sqrt(sum_of(squares) / size + eps));
-        for (int64_t d = 0; d < size; d += LANES)
-            store(y + row * size + d, load(from + d) * scale * load(weight + d));
+        const int64_t at = row * size;
+        norm_row(x + at, residual ? residual + at : nullptr, weight, y + at, residual ? total + at : nullptr, size, eps);
     });
 }
 
@@ -485,28 +659,49 @@ void sarathi_rotary(float* x, int64_t x_stride, const float* cos, const float* s
                     int head_size) {
     const int half = head_size / 2;
     for_rows(num_tokens, (int64_t)num_heads * head_size, [=](int64_t token) {
-        const float *c = cos + token * half, *s = sin + token * half;
-        for (int head = 0; head < num_heads; head++) {
-            float *first = x + token * x_stride + head * head_size, *second = first + half;
-            for (int d = 0; d < half; d++) {
-                const float a = first[d], b = second[d];
-                first[d] = a * c[d] - b * s[d];
-                second[d] = b * c[d] + a * s[d];
-            }
-        }
+        rotate_token(x + token * x_stride, cos + token * half, sin + token * half, num_heads, head_size);
     });
 }
 
 // y = silu(gate) * up, [T, F] float32, of gate and up side by side, [T, 2 F]; F is a multiple of the lanes.
 void sarathi_silu_mul(const float* gate_up, float* y, int64_t num_rows, int64_t size) {
     for_rows(num_rows, size, [=](int64_t row) {
-        const float *gate = gate_up + row * 2 * size, *up = gate + size;
-        for (int64_t d = 0; d < size; d += LANES) {
-            // With e = exp(-|g|), silu(g) is g / (1 + e) above 0 and g e / (1 + e) below: nothing overflows.
-            const Vector g = load(gate + d);
-            const Vector e = exp2_of_negative((g < 0.f ? g : -g) * LOG2_E);
-            store(y + row * size + d, g * (g < 0.f ? e : broadcast(1.f)) / (1.f + e) * load(up + d));
-        }
+        const float* gate = gate_up + row * 2 * size;
+        silu_row(gate, gate + size, y + row * size, size);
     });
+}
+
+// Numbers of scratch that `sarathi_layers` needs for each token.
+int64_t sarathi_layers_scratch(const LayerSizes* sizes) {
+    const int64_t heads = sizes->num_heads * sizes->head_size, kv = sizes->num_kv_heads * sizes->head_size;
+    return 2 * sizes->hidden_size + 2 * heads + 2 * kv + 3 * sizes->intermediate_size;
+}
+
+// Runs layers on hidden states, [T, D] float32, in place. All rows must be multiples of the lanes long.
+void sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const LayerStep* step,
+                    float* hidden, float* scratch_memory) {
+    const Scratch scratch(scratch_memory, *sizes, step->num_tokens);
+    const Step shape = {nullptr, 0, nullptr, step->cu_query_lens, step->seq_lens, (int)sizes->num_heads, 0.f, 0};
+    const Cache cache = {nullptr, nullptr, nullptr, 0, (int)sizes->num_kv_heads, (int)sizes->head_size,
+                         (int)sizes->block_size};
+    const std::vector<Task> tasks = make_tasks(shape, cache, step->num_requests);
+    std::vector<std::atomic<int64_t>> next(num_layers * PHASES);
+    for (auto& each : next) each = 0;
+    // Team's size must be that of the region: with fewer threads than asked for they would wait for ever.
+    Team* team = nullptr;
+#pragma omp parallel
+    {
+#pragma omp single
+        team = new Team(omp_get_num_threads());
+        const int thread = omp_get_thread_num();
+        std::vector<float> buffer(buffer_size(sizes->head_size));
+        for (int layer = 0; layer < num_layers; layer++)
+            run_layer(layers[layer], *sizes, *step, tasks, scratch, hidden, layer == 0, *team, thread,
+                      &next[layer * PHASES], buffer.data());
+        const int64_t count = step->num_tokens * sizes->hidden_size;
+        for (int64_t i = count * thread / team->size; i < count * (thread + 1) / team->size; i++)
+            hidden[i] += scratch.delta[i];
+    }
+    delete team;
 }
 }

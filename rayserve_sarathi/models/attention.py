@@ -25,13 +25,18 @@ class Attention:
         self._num_kv_heads = len(shard.kv_heads)
         self._head_size = config.head_dim
         self._eps = config.norm_eps
-        self._sliding_window = config.sliding_windows[layer]
+        self.sliding_window = config.sliding_windows[layer]
         self._backend = backend
-        self._qkv = Linear(weights.pop(f"{prefix}qkv"), weights.pop(f"{prefix}qkv_bias", None))
-        self._o = Linear(weights.pop(f"{prefix}o"), weights.pop(f"{prefix}o_bias", None))
+        self.qkv = Linear(weights.pop(f"{prefix}qkv"), weights.pop(f"{prefix}qkv_bias", None))
+        self.o = Linear(weights.pop(f"{prefix}o"), weights.pop(f"{prefix}o_bias", None))
         self._qk_norms = (
             (weights.pop(f"{prefix}q_norm"), weights.pop(f"{prefix}k_norm")) if config.has_qk_norm else None
         )
+
+    @property
+    def has_qk_norms(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return self._qk_norms is not None
 
     def __call__(
         self,
@@ -48,7 +53,7 @@ class Attention:
         Returns:
             What the rank's heads contribute: the sum over all ranks is the layer's attention, [T, D].
         """
-        qkv = self._qkv(x).view(len(x), -1, self._head_size)
+        qkv = self.qkv(x).view(len(x), -1, self._head_size)
         if self._qk_norms is not None:
             q_norm, k_norm = self._qk_norms
             num_rotated = self._num_heads + self._num_kv_heads
@@ -63,6 +68,6 @@ class Attention:
             v_cache,
             metadata=metadata,
             scale=self._head_size**-0.5,
-            sliding_window=self._sliding_window,
+            sliding_window=self.sliding_window,
         )
-        return self._o(out.flatten(1))
+        return self.o(out.flatten(1))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
+from rayserve_sarathi.kernels.layers import DenseLayers
 from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.layers import Layer
 from rayserve_sarathi.models.norm import take_norm
@@ -55,6 +56,7 @@ class Decoder:
         self.dtype = dtype
         self._rotary = RotaryEmbedding(config.rotary, head_size=config.head_dim, device=device)
         self._layers = [Layer(config, weights, layer=layer, shard=shard, tp=tp, backend=backend) for layer in layers]
+        self._dense_layers = self._join_layers()
         if self.is_last:
             self._norm = take_norm(config, weights, "norm")
             # Tied embeddings: a single stage has no head of its own.
@@ -93,12 +95,28 @@ class Decoder:
             [T, D], for `logits` or for the next stage.
         """
         cos, sin = self._rotary(metadata.positions)
+        if self._dense_layers is not None and self.backend.is_in_layers:
+            return self._dense_layers(hidden, cos=cos, sin=sin, kv_caches=kv_caches, metadata=metadata)
         addend = None
         for layer, (k_cache, v_cache) in zip(self._layers, kv_caches, strict=True):
             hidden, addend = layer(
                 hidden, addend, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata
             )
         return hidden if addend is None else hidden + addend
+
+    def _join_layers(self) -> DenseLayers | None:
+        """Return all layers as one kernel; None if it does not compute such layers."""
+        layers = [dense for layer in self._layers if (dense := layer.dense()) is not None]
+        if not self.backend.is_in_layers or len(layers) < len(self._layers):
+            return None
+        joined = DenseLayers(
+            layers,
+            num_heads=len(self.shard.heads),
+            num_kv_heads=len(self.shard.kv_heads),
+            head_size=self.config.head_dim,
+            eps=self.config.norm_eps,
+        )
+        return joined if joined.has_whole_vectors else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, [n, V] float32, of hidden states of the last layer, [n, D]. Last stage only."""

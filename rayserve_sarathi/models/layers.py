@@ -7,10 +7,11 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
+from rayserve_sarathi.kernels.layers import DenseLayer
 from rayserve_sarathi.models.attention import Attention
 from rayserve_sarathi.models.config import DecoderConfig
-from rayserve_sarathi.models.mlp import take_mlp
-from rayserve_sarathi.models.norm import take_norm
+from rayserve_sarathi.models.mlp import DenseMlp, take_mlp
+from rayserve_sarathi.models.norm import RmsNorm, take_norm
 from rayserve_sarathi.models.parallel import TensorParallel
 from rayserve_sarathi.models.parameters import Weights
 from rayserve_sarathi.models.shard import Shard
@@ -45,6 +46,30 @@ class Layer:
         self._attention = Attention(config, weights, layer=layer, shard=shard, backend=backend)
         self._mlp_norm = take_norm(config, weights, f"{prefix}mlp_norm") if config.has_mlp_norm else None
         self._mlp = take_mlp(config, weights, prefix)
+
+    def dense(self) -> DenseLayer | None:
+        """Return the layer for `kernels.layers`, or None if it is none that those compute."""
+        norm, mlp_norm, mlp, attention = self._input_norm, self._mlp_norm, self._mlp, self._attention
+        if (
+            self._is_parallel
+            or self._tp.tp_size > 1
+            or not isinstance(norm, RmsNorm)
+            or not isinstance(mlp_norm, RmsNorm)
+            or not isinstance(mlp, DenseMlp)
+            or not mlp.is_gated
+            or attention.has_qk_norms
+            or not attention.qkv.is_packed
+        ):
+            return None
+        return DenseLayer(
+            input_norm=norm.weight,
+            qkv=attention.qkv,
+            o=attention.o,
+            mlp_norm=mlp_norm.weight,
+            up=mlp.up,
+            down=mlp.down,
+            sliding_window=attention.sliding_window,
+        )
 
     def __call__(
         self,

@@ -26,13 +26,14 @@ class DenseMlp:
     """Two matrices with an activation between: the SwiGLU of Llama, or a GELU, the exact one and not its tanh form."""
 
     def __init__(self, config: DecoderConfig, weights: Weights, prefix: str) -> None:
+        self.is_gated = config.mlp != "gelu"
         self._activate = F.gelu if config.mlp == "gelu" else silu_mul
-        self._up = Linear(weights.pop(f"{prefix}up"), weights.pop(f"{prefix}up_bias", None))
-        self._down = Linear(weights.pop(f"{prefix}down"), weights.pop(f"{prefix}down_bias", None))
+        self.up = Linear(weights.pop(f"{prefix}up"), weights.pop(f"{prefix}up_bias", None))
+        self.down = Linear(weights.pop(f"{prefix}down"), weights.pop(f"{prefix}down_bias", None))
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Mlp`."""
-        return self._down(self._activate(self._up(x)))
+        return self.down(self._activate(self.up(x)))
 
 
 class Experts:

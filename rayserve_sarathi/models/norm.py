@@ -28,16 +28,16 @@ class RmsNorm:
     """Root-mean-square norm, without a bias."""
 
     def __init__(self, weights: Weights, name: str, *, eps: float) -> None:
-        self._weight = weights.pop(name)
+        self.weight = weights.pop(name)
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Norm`."""
-        return rms_norm(x, self._weight, eps=self._eps)
+        return rms_norm(x, self.weight, eps=self._eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See `Norm`."""
-        return add_rms_norm(x, residual, self._weight, eps=self._eps)
+        return add_rms_norm(x, residual, self.weight, eps=self._eps)
 
 
 class LayerNorm:

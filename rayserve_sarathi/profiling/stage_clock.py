@@ -198,6 +198,10 @@ class _TimedBackend:
         self.is_timing = False
         self.seconds = 0.0
 
+    @property
+    def is_in_layers(self) -> bool:
+        return self._backend.is_in_layers and not self.is_timing
+
     def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         return self._backend.refuse(block_size=block_size, head_size=head_size, dtype=dtype, device=device)
 

@@ -81,6 +81,8 @@ def rotary_cos_sin(positions: Tensor, frequencies: Tensor, *, attention_factor: 
         Two of [T, 1, H / 2] float32.
     """
     angles = (positions[:, None].float() * frequencies)[:, None, :]
+    if attention_factor == 1:
+        return angles.cos(), angles.sin()
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 

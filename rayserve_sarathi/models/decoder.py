@@ -76,6 +76,11 @@ class Decoder:
         """Whether this stage has the final norm and the head."""
         return self.layers.stop == self.config.num_hidden_layers
 
+    @property
+    def joins_layers(self) -> bool:
+        """Whether one kernel computes all layers of a step."""
+        return self._dense_layers is not None and self.backend.is_in_layers
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the hidden states, [T, D], of token ids, [T] int64. First stage only."""
         assert self.is_first, self.layers

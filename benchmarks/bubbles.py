@@ -105,14 +105,15 @@ async def started(config: EngineConfig, transport: str) -> AsyncIterator[tuple[P
         finally:
             await inline.close()
         return
-    group = placement_group([stage_bundle(config)] * NUM_STAGES)
+    num_stages = config.pipeline_parallel_size
+    group = placement_group([stage_bundle(config)] * num_stages)
     stages = StageGroup(config, placement_group=group, first_bundle=0)
     try:
         num_blocks = await stages.start()
         way: Transport = load("transport", transport, TRANSPORTS)(
             stages,
             config,
-            max_steps_inside=max_steps_in_flight(NUM_STAGES),
+            max_steps_inside=max_steps_in_flight(num_stages),
             max_message_bytes=_MESSAGE_BYTES,
         )
         pipeline = ActorPipeline(stages, way, step_timeout_s=config.step_timeout_s)

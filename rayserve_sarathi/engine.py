@@ -19,7 +19,12 @@ from rayserve_sarathi.scheduling import SCHEDULERS
 from rayserve_sarathi.scheduling.base import Scheduler
 from rayserve_sarathi.scheduling.build import build_scheduler
 from rayserve_sarathi.scheduling.late_tokens import LateReport
+from rayserve_sarathi.simulation.cost_model import CostModel
+from rayserve_sarathi.simulation.hardware import find_hardware
+from rayserve_sarathi.simulation.model_shape import rank_shape
+from rayserve_sarathi.simulation.roofline import RooflineTimes
 from rayserve_sarathi.step_log import PipelineTrace, StepLog
+from rayserve_sarathi.step_shape import StepTimeModel
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +83,25 @@ def make_scheduler(config: EngineConfig, info: ModelInfo, *, num_blocks: int) ->
         vocab_size=info.vocab_size,
         num_stages=config.pipeline_parallel_size,
         slo=config.slo,
+        prior=_step_times(config, info),
     )
+
+
+def _step_times(config: EngineConfig, info: ModelInfo) -> StepTimeModel | None:
+    """Return what steps are believed to take before any has come back; None for a GPU, whatever it is.
+
+    On a CPU a chunk of 250 tokens takes some 25 times as long as a few decodes, and not as long, as on a GPU. The scale
+    is learnt from a few steps, but this only from chunks, the first of which would hold up all that decode.
+    """
+    if config.device != "cpu":
+        return None
+    shape = rank_shape(
+        info.decoder,
+        tensor_parallel_size=config.tensor_parallel_size,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+    )
+    hardware = find_hardware("cpu")
+    return CostModel(shape, RooflineTimes(shape, hardware, is_multi_node=False), itemsize=hardware.itemsize)
 
 
 class Engine:

@@ -125,6 +125,8 @@ def _llama(model: str, is_interfered: bool) -> Iterator[Endpoint]:
     num_slots = 16
     command = [
         *(server, "-m", str(file), "--alias", model, "--host", "127.0.0.1", "--no-kv-unified"),
+        # Its attention is float32 with both alone: else logarithms of probabilities are off by 3e-4 and more, not 1e-6.
+        *("-ctk", "f32", "-ctv", "f32", "-fa", "off"),
         *("-t", str(len(os.sched_getaffinity(0))), "-np", str(num_slots), "-c", str(4096 * num_slots)),
         # A connection takes a thread for as long as it is open.
         *("--threads-http", "100"),

@@ -1,7 +1,7 @@
 """This engine beside those that people use today, on this machine, with the same checkpoints: tokens a second, gaps.
 
 benchmarks/peers/setup.sh        once: installs the others
-python benchmarks/peers/run.py [--engines NAME ...] [--models 15m 125m] [--rounds 3] [--json PATH]
+python benchmarks/peers/run.py [--engines NAME ...] [--models 15m 125m] [--rounds 3 | --quick] [--json PATH]
 
 Each engine serves OpenAI's API and is driven by the client of `sarathi bench`; OpenVINO GenAI, a library, is driven in
 its own process, without HTTP. W1: 16 clients, 64 tokens in and 128 out (output tokens/s). W2: 8 clients, 1,024 in and
@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -106,17 +107,24 @@ class TextClient(CompletionClient):
         ).encode()
 
 
-def measure_http(engine: HttpEngine, model: Model, names: Sequence[str]) -> dict[str, Figure]:
-    """Return the figures of an engine's workloads."""
+def measure_http(
+    engine: HttpEngine, model: Model, workloads: Sequence[Workload], interference: Interference | None
+) -> dict[str, Figure]:
+    """Return the figures of an engine's workloads; without W3's if there is no `interference`."""
+    if not engine.has_own_way or interference is None:
+        with serving(engine, model.name, is_interfered=False) as endpoint:
+            return asyncio.run(_drive(endpoint, model, workloads, interference))
     figures: dict[str, Figure] = {}
-    for is_interfered in sorted({name == "W3" for name in names} if engine.has_own_way else {False}):
-        with serving(engine, model.name, is_interfered=is_interfered) as endpoint:
-            mine = [name for name in names if not engine.has_own_way or (name == "W3") == is_interfered]
-            figures |= asyncio.run(_drive(endpoint, model, mine))
-    return figures
+    if workloads:
+        with serving(engine, model.name, is_interfered=False) as endpoint:
+            figures |= asyncio.run(_drive(endpoint, model, workloads, None))
+    with serving(engine, model.name, is_interfered=True) as endpoint:
+        return figures | asyncio.run(_drive(endpoint, model, (), interference))
 
 
-async def _drive(endpoint: Endpoint, model: Model, names: Sequence[str]) -> dict[str, Figure]:
+async def _drive(
+    endpoint: Endpoint, model: Model, workloads: Sequence[Workload], interference: Interference | None
+) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     client = (
         TextClient(endpoint.url, model=endpoint.model, text=model.text)
@@ -129,12 +137,11 @@ async def _drive(endpoint: Endpoint, model: Model, names: Sequence[str]) -> dict
         warm_up_end_s = time.perf_counter() + WARM_UP_S
         while time.perf_counter() < warm_up_end_s:
             _check(await asyncio.gather(*(_complete(client, model.prompt(64), 16) for _ in range(16))))
-        for workload in WORKLOADS:
-            if workload.name in names:
-                seconds = await _run(client, model, workload)
-                figures[workload.name] = workload.num_counted(model.name) / seconds
-        if "W3" in names:
-            figures["W3"] = _gap_figures(await _interfere(client, model, Interference()))
+        for workload in workloads:
+            seconds = await _run(client, model, workload)
+            figures[workload.name] = workload.num_counted(model.name) / seconds
+        if interference is not None:
+            figures["W3"] = _gap_figures(await _interfere(client, model, interference))
     return figures
 
 
@@ -173,12 +180,16 @@ async def _interfere(client: CompletionClient, model: Model, load: Interference)
             times = [time_s for time_s in outcome.token_times_s if time_s < end_s]
             gaps.extend(after - before for before, after in itertools.pairwise(times))
 
+    async def answer_long() -> None:
+        # An engine that refused these would have the best gaps of all.
+        _check([await _complete(client, model.prompt(load.long_prompt_tokens), load.long_output_tokens)])
+
     async def interrupt() -> None:
         begin_s = time.perf_counter()
         async with asyncio.TaskGroup() as prompts:
             for number in range(1, int(load.duration_s / load.period_s)):
                 await asyncio.sleep(begin_s + number * load.period_s - time.perf_counter())
-                prompts.create_task(_complete(client, model.prompt(load.long_prompt_tokens), load.long_output_tokens))
+                prompts.create_task(answer_long())
 
     async with asyncio.TaskGroup() as group:
         for _ in range(load.num_decoding):
@@ -205,16 +216,17 @@ def _gap_figures(gaps: Sequence[float]) -> dict[str, Figure]:
     return {"p50_ms": 1e3 * float(p50), "p99_ms": 1e3 * float(p99), "max_ms": 1e3 * max(gaps)}
 
 
-def measure_openvino(model: Model, names: Sequence[str]) -> dict[str, Figure]:
+def measure_openvino(
+    model: Model, workloads: Sequence[Workload], interference: Interference | None
+) -> dict[str, Figure]:
     """Return the figures of OpenVINO GenAI's workloads, driven in its own process."""
     figures: dict[str, Figure] = {}
-    with subprocess.Popen(
-        openvino_command(model.name),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            openvino_command(model.name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
         assert process.stdin is not None and process.stdout is not None
 
         def ask(job: dict[str, object]) -> dict[str, object]:
@@ -223,31 +235,32 @@ def measure_openvino(model: Model, names: Sequence[str]) -> dict[str, Figure]:
             process.stdin.flush()
             line = process.stdout.readline()
             if not line:
-                raise NotInstalledError("OpenVINO's process has ended")
+                log.seek(0)
+                raise NotInstalledError(f"OpenVINO's process has ended: {log.read()[-600:]}")
             answer: dict[str, object] = json.loads(line)
             return answer
 
         if process.stdout.readline() != "ready\n":
-            raise NotInstalledError("OpenVINO did not start")
+            log.seek(0)
+            raise NotInstalledError(f"OpenVINO did not start: {log.read()[-600:]}")
         prompt = model.prompt(32)
         tokens = ask({"kind": "generate", "prompt": prompt, "num_tokens": NUM_COMPARED})["token_ids"]
         figures["same_tokens"] = "yes" if tokens == model.expect(prompt) else "no"
-        for workload in WORKLOADS:
-            if workload.name in names:
-                count = workload.num_requests[model.name]
-                answer = ask(
-                    {
-                        "kind": "run",
-                        "prompts": [model.prompt(workload.num_prompt_tokens) for _ in range(count)],
-                        "num_tokens": workload.num_output_tokens,
-                        "num_clients": workload.num_clients,
-                    }
-                )
-                seconds = answer["seconds"]
-                assert isinstance(seconds, float)
-                figures[workload.name] = workload.num_counted(model.name) / seconds
-        if "W3" in names:
-            load = Interference()
+        for workload in workloads:
+            count = workload.num_requests[model.name]
+            answer = ask(
+                {
+                    "kind": "run",
+                    "prompts": [model.prompt(workload.num_prompt_tokens) for _ in range(count)],
+                    "num_tokens": workload.num_output_tokens,
+                    "num_clients": workload.num_clients,
+                }
+            )
+            seconds = answer["seconds"]
+            assert isinstance(seconds, float)
+            figures[workload.name] = workload.num_counted(model.name) / seconds
+        if interference is not None:
+            load = interference
             answer = ask(
                 {
                     "kind": "interfere",
@@ -306,6 +319,14 @@ def median_of(rounds: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
     return merged
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, ExceptionGroup):
+        return "; ".join(dict.fromkeys(map(_reason, error.exceptions)))
+    if isinstance(error, subprocess.CalledProcessError) and error.stderr:
+        return f"{error}: {error.stderr.decode(errors='replace')[-600:]}"
+    return str(error)[-600:] or type(error).__name__
+
+
 def main() -> None:
     """Let the engines take turns, and write the figures."""
     everyone = [engine.name for engine in ENGINES] + ["openvino"]
@@ -316,14 +337,22 @@ def main() -> None:
         "--workloads", nargs="+", choices=["W1", "W2", "W3", "W4", "W5"], default=["W1", "W2", "W3", "W4", "W5"]
     )
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one round of short workloads, to see that engines work")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
+    workloads = [workload for workload in WORKLOADS if workload.name in arguments.workloads]
+    interference = Interference() if "W3" in arguments.workloads else None
+    if arguments.quick:
+        arguments.rounds = 1
+        workloads = [workload.shortened() for workload in workloads]
+        interference = interference and interference.shortened()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     limits = measure_limits()
     figures: dict[str, Figure] = {
         "bandwidth_gb_per_s": limits.bandwidth / 1e9,
         "gflop_per_s": limits.operations / 1e9,
         "rounds": arguments.rounds,
+        "workloads": "short" if arguments.quick else "whole",
     }
     by_engine = {engine.name: engine for engine in ENGINES}
     for name in arguments.models:
@@ -335,24 +364,21 @@ def main() -> None:
                 continue
             try:
                 if engine == "openvino":
-                    measured = measure_openvino(model, arguments.workloads)
+                    measured = measure_openvino(model, workloads, interference)
                 else:
-                    measured = measure_http(by_engine[engine], model, arguments.workloads)
+                    measured = measure_http(by_engine[engine], model, workloads, interference)
                     if number == 0:
                         measured["same_tokens"] = compare(by_engine[engine], model)
-            except (NotInstalledError, RuntimeError, ExceptionGroup) as error:
-                failures[engine] = str(error)[-600:]
-                sys.stdout.write(f"{name}, {engine}: {error}\n")
+            # Whatever goes wrong with one engine is a line about it, and the others go on.
+            except (NotInstalledError, RuntimeError, ExceptionGroup, OSError, subprocess.CalledProcessError) as error:
+                failures[engine] = _reason(error)
+                sys.stdout.write(f"{name}, {engine}: {failures[engine]}\n")
                 continue
             rounds[engine].append(measured)
             sys.stdout.write(f"{name}, round {number + 1}, {engine}: {measured}\n")
             sys.stdout.flush()
         figures[name] = {
-            "limit": {
-                workload.name: limit_of(workload, model, limits)
-                for workload in WORKLOADS
-                if workload.name in arguments.workloads
-            },
+            "limit": {workload.name: limit_of(workload, model, limits) for workload in workloads},
             **{engine: median_of(several) for engine, several in rounds.items() if several},
             **failures,
         }

@@ -1,6 +1,6 @@
 """The workloads: what clients send, and what is measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,10 @@ class Workload:
         """Return the tokens that count."""
         each = self.num_output_tokens + (self.num_prompt_tokens if self.is_total else 0)
         return each * self.num_requests[model]
+
+    def shortened(self) -> "Workload":
+        """Return one request of each client: enough to see that an engine works."""
+        return replace(self, num_requests=dict.fromkeys(self.num_requests, self.num_clients))
 
 
 WORKLOADS = (
@@ -85,3 +89,7 @@ class Interference:
     long_output_tokens: int = 4
     period_s: float = 2.0
     duration_s: float = 20.0
+
+    def shortened(self) -> "Interference":
+        """Return two long prompts' worth, and decodes that end soon after."""
+        return replace(self, num_output_tokens=200, duration_s=3 * self.period_s)

@@ -38,6 +38,7 @@ bench: install
 	.venv/bin/python benchmarks/step_log.py
 	.venv/bin/python benchmarks/transport.py
 	.venv/bin/python benchmarks/bubbles.py
+	.venv/bin/python benchmarks/overhead.py
 	.venv/bin/python benchmarks/simulator.py
 	.venv/bin/python benchmarks/paper.py --quick
 	.venv/bin/python benchmarks/auto_budget.py --quick

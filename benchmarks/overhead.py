@@ -143,7 +143,7 @@ def _cpu_s(server: Server) -> dict[str, float]:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has just ended
-        name = title.split(".")[0].rsplit("/", 1)[-1]
+        name = title.partition(".")[0] if title.startswith("ray::") else Path(title).name
         spent[name] = spent.get(name, 0.0) + (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
     return spent
 

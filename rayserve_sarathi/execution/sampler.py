@@ -56,7 +56,9 @@ def sample(logits: Tensor, step: StepInput) -> Sampled:
     """
     # The largest logit is NaN if any is.
     is_bad = ~logits.amax(dim=-1).isfinite()
-    logits.masked_fill_(is_bad[:, None], 0)
+    # To look first would make a GPU wait; on a CPU it saves writing all logits again, which took longer than the rest.
+    if logits.is_cuda or is_bad.any():
+        logits.masked_fill_(is_bad[:, None], 0)
     sampling = step.sampling
     asked = np.flatnonzero(sampling["has_logprobs"])
     raw_logprobs = F.log_softmax(logits[asked], dim=-1) if len(asked) else logits[:0]
@@ -65,10 +67,12 @@ def sample(logits: Tensor, step: StepInput) -> Sampled:
     if step.histories:
         _penalise(logits, sampling, step.histories)
 
-    positions = (step.context_lens + step.query_lens)[step.sample_requests]
     settings = {name: sampling[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    u = np.zeros(len(sampling))
+    if settings["temperature"].any():
+        u = uniforms(sampling["seed"], (step.context_lens + step.query_lens)[step.sample_requests])
     kernel = sampling_for(logits)
-    token_ids = (draw if kernel is None else kernel.draw)(logits, **settings, u=uniforms(sampling["seed"], positions))
+    token_ids = (draw if kernel is None else kernel.draw)(logits, **settings, u=u)
     # Together, as each copy from a GPU waits for it.
     chosen, bad = torch.stack((token_ids, is_bad.to(token_ids.dtype))).cpu().numpy().astype(np.int32)
     bad_rows = np.flatnonzero(bad)

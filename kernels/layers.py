@@ -1,7 +1,7 @@
 """All layers of a stage in one call to the C++ kernels, for CPUs.
 
 They compute what a layer's own kernels do one after the other, to the same bits, but begin and end a parallel region
-once a step and not some ten times a layer, and come back to Python once: of a decode of a small model that is half.
+once a step and not some ten times a layer, and come back to Python once.
 
 Dimensions: T tokens in the step; D hidden size; F intermediate size; N query and K KV heads; H head size; P blocks in
 the pool; S tokens per block.

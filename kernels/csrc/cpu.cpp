@@ -234,7 +234,6 @@ struct Step {
     const float* q;
     int64_t q_stride;
     float* out;
-    int64_t out_stride;
     const int32_t* cu_query_lens;
     const int32_t* seq_lens;
     int num_heads;
@@ -293,7 +292,7 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
             });
     }
     for (int r = 0; r < num_rows; r++) {
-        float* to = step.out + (first_token + token_of(r)) * step.out_stride + head_of(r) * H;
+        float* to = step.out + ((first_token + token_of(r)) * (int64_t)step.num_heads + head_of(r)) * H;
         for (int d = 0; d < H; d++) to[d] = out[r * H + d] / sums[r];
     }
 }
@@ -411,22 +410,22 @@ INLINE void multiply(const float* x, int64_t x_stride, const float* panel, int64
 }
 
 // All rows of x times one panel; `bias` has PANEL values.
-void multiply_panel(const float* x, int64_t x_stride, int64_t num_rows, int64_t num_inputs, const float* panel,
-                    const float* bias, float* y, int64_t y_stride) {
+void multiply_panel(const float* x, int64_t num_rows, int64_t num_inputs, const float* panel, const float* bias,
+                    float* y, int64_t y_stride) {
     for (int64_t i = 0; i < num_inputs; i += DEPTH) {
         const int64_t depth = std::min(DEPTH, num_inputs - i);
         for (int64_t r = 0; r < num_rows; r += TILE)
             with_rows(std::min<int64_t>(TILE, num_rows - r), [&](auto rows) {
                 float* to = y + r * y_stride;
-                multiply<rows.value>(x + r * x_stride + i, x_stride, panel + i * PANEL, depth, i ? to : bias,
+                multiply<rows.value>(x + r * num_inputs + i, num_inputs, panel + i * PANEL, depth, i ? to : bias,
                                      i ? y_stride : 0, to, y_stride);
             });
     }
 }
 
 // Takes panels until there are none; each of the threads calls this.
-void multiply_some(const float* x, int64_t x_stride, int64_t num_rows, int64_t num_inputs, const float* panels,
-                   int64_t num_outputs, const float* bias, float* y, std::atomic<int64_t>& next, int num_threads) {
+void multiply_some(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, int64_t num_outputs,
+                   const float* bias, float* y, std::atomic<int64_t>& next, int num_threads) {
     const int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
     const int64_t share = std::max<int64_t>(1, num_panels / (num_threads * 8));
     std::vector<float> last(num_outputs % PANEL ? num_rows * PANEL : 0);
@@ -437,10 +436,10 @@ void multiply_some(const float* x, int64_t x_stride, int64_t num_rows, int64_t n
             if (bias) std::memcpy(start, bias + output, sizeof(float) * width);
             const float* panel = panels + output * num_inputs;
             if (width == PANEL) {
-                multiply_panel(x, x_stride, num_rows, num_inputs, panel, start, y + output, num_outputs);
+                multiply_panel(x, num_rows, num_inputs, panel, start, y + output, num_outputs);
                 continue;
             }
-            multiply_panel(x, x_stride, num_rows, num_inputs, panel, start, last.data(), PANEL);
+            multiply_panel(x, num_rows, num_inputs, panel, start, last.data(), PANEL);
             for (int64_t r = 0; r < num_rows; r++)
                 std::memcpy(y + r * num_outputs + output, last.data() + r * PANEL, sizeof(float) * width);
         }
@@ -451,7 +450,7 @@ void multiply_all(const float* x, int64_t num_rows, int64_t num_inputs, const fl
     const int num_threads = num_rows * num_inputs * num_outputs < 1 << 15 ? 1 : omp_get_max_threads();
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    multiply_some(x, num_inputs, num_rows, num_inputs, panels, num_outputs, bias, y, next, num_threads);
+    multiply_some(x, num_rows, num_inputs, panels, num_outputs, bias, y, next, num_threads);
 }
 
 // ---- what is done to each row
@@ -527,9 +526,6 @@ struct LayerStep {
     int64_t num_tokens, num_new_blocks, num_requests, table_stride;
 };
 
-// Rows that a product reads are so much further apart than they are long. Twelve of them are read side by side, and
-// where they are a power of two apart, or three times one, they displace each other from the L1 cache.
-constexpr int64_t GAP = 16;
 constexpr int PHASES = 5;  // of a layer, in which threads take what is next
 
 struct Scratch {
@@ -538,16 +534,16 @@ struct Scratch {
     Scratch(float* from, const LayerSizes& sizes, int64_t num_tokens) {
         const int64_t heads = sizes.num_heads * sizes.head_size, kv = sizes.num_kv_heads * sizes.head_size;
         x = from;
-        delta = x + num_tokens * (sizes.hidden_size + GAP);
+        delta = x + num_tokens * sizes.hidden_size;
         qkv = delta + num_tokens * sizes.hidden_size;
         attention = qkv + num_tokens * (heads + 2 * kv);
-        up = attention + num_tokens * (heads + GAP);
+        up = attention + num_tokens * heads;
         activated = up + num_tokens * 2 * sizes.intermediate_size;
     }
 
     static int64_t size_each(const LayerSizes& sizes) {
         const int64_t heads = sizes.num_heads * sizes.head_size, kv = sizes.num_kv_heads * sizes.head_size;
-        return 2 * sizes.hidden_size + 2 * heads + 2 * kv + 3 * sizes.intermediate_size + 3 * GAP;
+        return 2 * sizes.hidden_size + 2 * heads + 2 * kv + 3 * sizes.intermediate_size;
     }
 };
 
@@ -561,12 +557,12 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
     };
     auto multiply = [&](const float* x, int64_t inputs, const float* panels, int64_t outputs, const float* bias,
                         float* y, int phase) {
-        multiply_some(x, inputs + GAP, T, inputs, panels, outputs, bias, y, next[phase], team.size);
+        multiply_some(x, T, inputs, panels, outputs, bias, y, next[phase], team.size);
         team.meet();
     };
     auto norm = [&](const float* weight, bool has_delta) {
         mine(T, [&](int64_t token) {
-            float *row = hidden + token * D, *delta = scratch.delta + token * D, *x = scratch.x + token * (D + GAP);
+            float *row = hidden + token * D, *delta = scratch.delta + token * D, *x = scratch.x + token * D;
             if (has_delta)
                 norm_row(delta, row, weight, x, row, D, sizes.eps);
             else
@@ -589,10 +585,9 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
                     H, sizes.block_size);
     });
     team.meet();
-    const Step attention = {scratch.qkv,        row_size,      scratch.attention,    heads + GAP,
-                            step.cu_query_lens, step.seq_lens, (int)sizes.num_heads, sizes.scale,
-                            (int)weights.window};
-    const Cache cache = {weights.keys,      weights.values,          step.block_tables,   step.table_stride,
+    const Step attention = {scratch.qkv,   row_size,             scratch.attention, step.cu_query_lens,
+                            step.seq_lens, (int)sizes.num_heads, sizes.scale,       (int)weights.window};
+    const Cache cache = {weights.keys,      weights.values,          step.block_tables, step.table_stride,
                          (int)sizes.num_kv_heads, (int)H, (int)sizes.block_size};
     attend_some<float>(attention, cache, tasks, next[1], buffer);
     team.meet();
@@ -602,7 +597,7 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
     multiply(scratch.x, D, weights.up, 2 * F, weights.up_bias, scratch.up, 3);
     mine(T, [&](int64_t token) {
         const float* gate = scratch.up + token * 2 * F;
-        silu_row(gate, gate + F, scratch.activated + token * (F + GAP), F);
+        silu_row(gate, gate + F, scratch.activated + token * F, F);
     });
     team.meet();
     multiply(scratch.activated, F, weights.down, D, weights.down_bias, scratch.delta, 4);
@@ -624,7 +619,7 @@ void sarathi_attention(const float* q, int64_t q_stride, const void* keys, const
                        float* out, const int32_t* cu_query_lens, const int32_t* seq_lens, const int32_t* block_tables,
                        int64_t table_stride, int num_requests, int num_heads, int num_kv_heads, int head_size,
                        int block_size, float scale, int window) {
-    const Step step = {q, q_stride, out, (int64_t)num_heads * head_size, cu_query_lens, seq_lens, num_heads, scale, window};
+    const Step step = {q, q_stride, out, cu_query_lens, seq_lens, num_heads, scale, window};
     const Cache cache = {keys, values, block_tables, table_stride, num_kv_heads, head_size, block_size};
     if (is_bfloat16)
         attend_all<bfloat16>(step, cache, num_requests);
@@ -688,7 +683,7 @@ int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_e
 void sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const LayerStep* step,
                     float* hidden, float* scratch_memory) {
     const Scratch scratch(scratch_memory, *sizes, step->num_tokens);
-    const Step shape = {nullptr, 0, nullptr, 0, step->cu_query_lens, step->seq_lens, (int)sizes->num_heads, 0.f, 0};
+    const Step shape = {nullptr, 0, nullptr, step->cu_query_lens, step->seq_lens, (int)sizes->num_heads, 0.f, 0};
     const Cache cache = {nullptr, nullptr, nullptr, 0, (int)sizes->num_kv_heads, (int)sizes->head_size,
                          (int)sizes->block_size};
     const std::vector<Task> tasks = make_tasks(shape, cache, step->num_requests);

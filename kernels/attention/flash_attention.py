@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
-from rayserve_sarathi.kernels.fused import rotate_and_write
+from rayserve_sarathi.kernels.attention.token_major import TokenMajorCache
 
 
-class FlashAttention:
+class FlashAttention(TokenMajorCache):
     """Attention by flash-attn 2. A block holds keys, and values, as [S, K, H].
 
     Raises:
         ImportError: The package is not installed.
     """
 
-    is_graphable = False
-    is_in_layers = False
     # Of a block's tokens; what their kernels step by.
     _block_multiple: ClassVar[int] = 256
     _modules: ClassVar[tuple[str, ...]] = ("flash_attn",)
@@ -42,18 +40,6 @@ class FlashAttention:
         if head_size % 8 or head_size > 256:
             return f"the head size must be a multiple of 8 and at most 256, got {head_size}"
         return None
-
-    def kv_cache_shape(
-        self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
-    ) -> tuple[int, int, int, int]:
-        """Return [P, S, K, H]."""
-        return (num_blocks, block_size, num_kv_heads, head_size)
-
-    def rotate_and_write(
-        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos: Tensor, sin: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
-        """Rotate queries and keys, store keys and values; see `AttentionBackend.rotate_and_write`."""
-        return rotate_and_write(qkv, k_cache, v_cache, cos=cos, sin=sin, slot_mapping=metadata.slot_mapping)
 
     def attention(
         self,

@@ -5,7 +5,7 @@ side in a tile, as multi-query decoding is bound by reading keys. Steps of decod
 several programs and merge what they find (Flash-Decoding; Dao et al., 2023).
 
 Dimensions: T tokens in the step; R requests; N query and K KV heads; G = N / K; H head size; P blocks in the pool;
-S tokens per block; M longest block table; X parts of a context.
+S tokens per block; M longest block table.
 """
 
 import math
@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
-from rayserve_sarathi.kernels.fused import is_interpreted, rotate_and_write
+from rayserve_sarathi.kernels.attention.token_major import TokenMajorCache
+from rayserve_sarathi.kernels.fused import is_interpreted
 
 # On an H200 parts of contexts pay where there are fewer programs than this for each multiprocessor.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -43,11 +44,10 @@ class Tiling:
     num_stages: int
 
 
-class TritonAttention:
+class TritonAttention(TokenMajorCache):
     """Chunks and decodes in one call. A block holds keys, and values, as [S, K, H], as flash-attn's do."""
 
     is_graphable = True
-    is_in_layers = False
 
     def refuse(self, *, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """See `AttentionBackend`."""
@@ -56,18 +56,6 @@ class TritonAttention:
         if head_size > 256:
             return f"the head size must be at most 256, got {head_size}"
         return None
-
-    def kv_cache_shape(
-        self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
-    ) -> tuple[int, int, int, int]:
-        """Return [P, S, K, H]."""
-        return (num_blocks, block_size, num_kv_heads, head_size)
-
-    def rotate_and_write(
-        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos: Tensor, sin: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
-        """Rotate queries and keys, store keys and values; see `AttentionBackend.rotate_and_write`."""
-        return rotate_and_write(qkv, k_cache, v_cache, cos=cos, sin=sin, slot_mapping=metadata.slot_mapping)
 
     def attention(
         self,

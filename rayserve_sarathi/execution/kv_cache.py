@@ -87,8 +87,8 @@ def kv_block_bytes(decoder: Decoder, block_size: int) -> int:
 def allocate_kv_caches(decoder: Decoder, *, num_blocks: int, block_size: int) -> list[tuple[Tensor, Tensor]]:
     """Return a key and a value pool for each layer of the stage, in the backend's layout.
 
-    Their content is undefined: `write_kv` clears a block before its first use. On a CPU untouched memory costs nothing,
-    where writing zeros to it took seconds of the start.
+    Their content is undefined: a backend clears a block before its first use, or never reads past a request's end. On a
+    CPU untouched memory costs nothing, where writing zeros to it took seconds of the start.
     """
     shape = _pool_shape(decoder, num_blocks, block_size)
     _logger.info(

@@ -82,7 +82,7 @@ class Decoder:
         return self._dense_layers is not None and self.backend.is_in_layers
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Return the hidden states, [T, D], of token ids, [T] int64. First stage only."""
+        """Return the hidden states, [T, D], of token ids, [T] int32 or int64. First stage only."""
         assert self.is_first, self.layers
         return self._embedding(token_ids)
 

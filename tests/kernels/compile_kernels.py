@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 from rayserve_sarathi.kernels import fused, sampling
 from rayserve_sarathi.kernels.attention import triton_paged
 
+# Of a thread; `draw` takes 8 on an A100. What spills in a loop over keys takes a hundred and more.
 MAX_STACK_BYTES = 16
 ATTEND_TYPES = ("*bf16", "*bf16", "*bf16", "*bf16", "*fp32", *["*i32"] * 3, "fp32", *["i32"] * 4)
 SPLIT_TYPES = ("*bf16", "*bf16", "*bf16", "*fp32", "*fp32", *["*i32"] * 3, "fp32", *["i32"] * 4)

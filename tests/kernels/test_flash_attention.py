@@ -128,9 +128,13 @@ def test_what_they_cannot_do_is_told(backend: Any) -> None:
     assert "head size" in backend.refuse(block_size=256, head_size=300, dtype=torch.bfloat16, device=gpu)
 
 
-@pytest.mark.parametrize("name", ["flash_attn", "vllm_flash_attn", "flashinfer"])
-def test_without_its_package_it_says_so(name: str) -> None:
-    with pytest.raises(ImportError, match="No module named"):
+@pytest.mark.parametrize("name", MODULES)
+def test_without_its_package_it_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "rayserve_sarathi.kernels.attention.flashinfer", raising=False)
+    for module in ("flash_attn", "vllm", "vllm.vllm_flash_attn", "vllm_flash_attn", "flashinfer"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed, where it is
+
+    with pytest.raises(ImportError, match=MODULES[name]):
         load("attention backend", name, ATTENTION_BACKENDS)()
 
 

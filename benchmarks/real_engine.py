@@ -28,6 +28,8 @@ from paper import TRACE, find_data
 from report import Figure, write_report
 
 from rayserve_sarathi.config import EngineConfig, SchedulerConfig, SloConfig
+from rayserve_sarathi.engine import believed_step_times
+from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.profiling.grid import Grid
 from rayserve_sarathi.profiling.profile import measure_profile
 from rayserve_sarathi.profiling.stage_clock import StageClock
@@ -146,6 +148,7 @@ def main() -> None:
                 max_model_len=MAX_MODEL_LEN,
                 scheduler=scheduler,
                 slo=config.slo,
+                prior=believed_step_times(config, resolve_model(config)),
             )
             for policy, scheduler in SCHEDULERS.items()
         }

@@ -83,11 +83,11 @@ def make_scheduler(config: EngineConfig, info: ModelInfo, *, num_blocks: int) ->
         vocab_size=info.vocab_size,
         num_stages=config.pipeline_parallel_size,
         slo=config.slo,
-        prior=_step_times(config, info),
+        prior=believed_step_times(config, info),
     )
 
 
-def _step_times(config: EngineConfig, info: ModelInfo) -> StepTimeModel | None:
+def believed_step_times(config: EngineConfig, info: ModelInfo) -> StepTimeModel | None:
     """Return what steps are believed to take before any has come back; None for a GPU, whatever it is.
 
     On a CPU a chunk of 250 tokens takes some 25 times as long as a few decodes, and not as long, as on a GPU. The scale

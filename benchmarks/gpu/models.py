@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from inline_server import Served, Server
+from limits import Limits
 from report import Figure
-from timing import Limits, wall_s
+from timing import wall_s
 
 from rayserve_sarathi.config import EngineConfig, SchedulerConfig, SloConfig
 from rayserve_sarathi.execution.cuda_graphs import StepLimits
@@ -89,7 +90,9 @@ def model_config(description: dict[str, object]) -> Iterator[EngineConfig]:
         )
 
 
-def measure_steps(name: str, limits: Limits, hardware: str) -> dict[str, Figure]:
+def measure_steps(
+    name: str, limits: Limits, hardware: str, *, step_names: Collection[str] = STEPS
+) -> dict[str, Figure]:
     """Return milliseconds of whole steps, sampling included, with and without CUDA graphs, and the limit."""
     with model_config(MODELS[name]) as config, torch.inference_mode():
         info = resolve_model(config)
@@ -103,6 +106,7 @@ def measure_steps(name: str, limits: Limits, hardware: str) -> dict[str, Figure]
                 vocab_size=info.vocab_size,
             )
             for step_name, (num_decodes, context, chunk) in STEPS.items()
+            if step_name in step_names
         }
         greedy = {}
         for step_name, step in steps.items():

@@ -3,25 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
+from limits import Limits
 
 _MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What this GPU reaches: bytes moved and bfloat16 operations, a second; and the latter after a second of them, when
-    it has lowered its clocks to keep within its power."""
-
-    bandwidth: float
-    operations: float
-    sustained_operations: float
-
-    def time_s(self, num_bytes: float, num_operations: float) -> float:
-        """Return the least time for so much."""
-        return max(num_bytes / self.bandwidth, num_operations / self.operations)
 
 
 def measure_limits() -> Limits:
@@ -31,9 +17,14 @@ def measure_limits() -> Limits:
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     double_s = gpu_s([lambda: torch.add(large, large, out=double)])
     product_s = gpu_s([lambda: a @ b])
+    return Limits(4 * large.numel() / double_s, 2 * len(a) ** 3 / product_s)
+
+
+def measure_sustained_operations() -> float:
+    """Return the operations a second after a second of them, when the GPU has lowered its clocks to save power."""
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     gpu_s([lambda: a @ b], repeats=1000)
-    sustained_s = gpu_s([lambda: a @ b], repeats=100)
-    return Limits(4 * large.numel() / double_s, 2 * 8192**3 / product_s, 2 * 8192**3 / sustained_s)
+    return 2 * len(a) ** 3 / gpu_s([lambda: a @ b], repeats=100)
 
 
 def gpu_s(runs: Sequence[Callable[[], object]], *, repeats: int = 20) -> float:

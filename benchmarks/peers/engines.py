@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def _ours(model: str, is_interfered: bool) -> Iterator[Endpoint]:
         "scheduler": {"max_num_seqs": 64},
     }
     if is_interfered:
-        # About twice what a step of eight decodes and a tile of a prompt takes on two cores.
+        # About what a step of eight decodes and a tile of a prompt takes on two cores.
         arguments["slo"] = {"tbt_s": {"15m": 0.025, "125m": 0.25}[model]}
         arguments["scheduler"] = {"max_num_seqs": 64, "token_budget": "auto", "max_num_batched_tokens": 2048}
     with tempfile.TemporaryDirectory(prefix="rs-peers-") as folder:
@@ -168,13 +168,15 @@ def _process(
                 if process.poll() is not None or time.monotonic() > deadline_s:
                     log.seek(0)
                     text = log.read().decode(errors="replace")[-1500:]
-                    raise NotInstalledError(f"{name} does not answer within {_START_S:.0f} s: {text}")
+                    ended = f"does not answer within {_START_S:.0f} s" if process.returncode is None else "has ended"
+                    raise NotInstalledError(f"{name} {ended}: {text}")
                 time.sleep(0.2)
             yield Endpoint(
                 url=f"http://127.0.0.1:{port}", model=model, takes_text=takes_text, has_keep_alive=has_keep_alive
             )
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has ended by itself, and nothing of it is left
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:

@@ -31,14 +31,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent)]
+sys.path.append(str(_HERE.parent))
 
 from checkpoint import SIZES, make_checkpoint  # noqa: E402  where they are is set above
+from cpu_kernels import measure_limits  # noqa: E402
 from engines import ENGINES, MODELS, Endpoint, HttpEngine, NotInstalledError, openvino_command, serving  # noqa: E402
+from limits import Limits  # noqa: E402
 from report import Figure, write_report  # noqa: E402
 from workloads import WORKLOADS, Interference, Workload  # noqa: E402
 
-from kernels import Limits, measure_limits  # noqa: E402
 from rayserve_sarathi.bench.client import CompletionClient  # noqa: E402
 from rayserve_sarathi.bench.load import Send, Tally, run_closed_loop  # noqa: E402
 from rayserve_sarathi.bench.outcome import Outcome  # noqa: E402
@@ -301,8 +302,7 @@ def limit_of(workload: Workload, model: Model, limits: Limits) -> float:
     prefill_s = 2 * weights * workload.num_prompt_tokens / limits.operations
     rows = workload.num_clients
     decode_s = limits.time_s(4 * weights, 2 * weights * rows) / rows * workload.num_output_tokens
-    each = workload.num_output_tokens + (workload.num_prompt_tokens if workload.is_total else 0)
-    return each / (prefill_s + decode_s)
+    return workload.num_counted_each / (prefill_s + decode_s)
 
 
 def median_of(rounds: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
@@ -380,7 +380,7 @@ def main() -> None:
         figures[name] = {
             "limit": {workload.name: limit_of(workload, model, limits) for workload in workloads},
             **{engine: median_of(several) for engine, several in rounds.items() if several},
-            **failures,
+            "failed": failures,
         }
         write_report(figures, path=arguments.json)
 

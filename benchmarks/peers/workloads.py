@@ -23,10 +23,14 @@ class Workload:
     num_requests: dict[str, int]
     is_total: bool
 
+    @property
+    def num_counted_each(self) -> int:
+        """Tokens of a request that count."""
+        return self.num_output_tokens + (self.num_prompt_tokens if self.is_total else 0)
+
     def num_counted(self, model: str) -> int:
-        """Return the tokens that count."""
-        each = self.num_output_tokens + (self.num_prompt_tokens if self.is_total else 0)
-        return each * self.num_requests[model]
+        """Return the tokens that count, of all requests."""
+        return self.num_counted_each * self.num_requests[model]
 
     def shortened(self) -> "Workload":
         """Return one request of each client: enough to see that an engine works."""
@@ -77,7 +81,8 @@ class Interference:
         num_decoding: Clients with long outputs.
         num_prompt_tokens: Of a decoding client's request.
         num_output_tokens: Of a decoding client's request; then it sends the next.
-        long_prompt_tokens: Of a request that comes meanwhile; it asks for few tokens.
+        long_prompt_tokens: Of a request that comes meanwhile.
+        long_output_tokens: Which that one asks for.
         period_s: Between two of those.
         duration_s: Of the whole.
     """

@@ -72,13 +72,17 @@ async def silence(writer: asyncio.StreamWriter) -> None:
 
 @asynccontextmanager
 async def scripted_server(
-    answers: Sequence[Answer], *, bodies: list[dict[str, object]] | None = None
+    answers: Sequence[Answer],
+    *,
+    bodies: list[dict[str, object]] | None = None,
+    note_connection: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[str]:
     """Serve; yield the URL. The first request gets the first answer, and so on; the last one is repeated.
 
     Args:
         answers: What to answer with.
         bodies: Gets the body of each request.
+        note_connection: Called for each.
     """
     num_answered = 0
     handlers: set[asyncio.Task[None]] = set()
@@ -88,6 +92,7 @@ async def scripted_server(
         task = asyncio.current_task()
         assert task is not None
         handlers.add(task)
+        note_connection()
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 lengths = [

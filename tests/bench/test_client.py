@@ -193,13 +193,16 @@ async def test_a_stream_without_done_is_complete_if_it_tells_why_it_ends():
     assert outcome.num_output_tokens == 2
 
 
-async def test_without_keep_alive_each_request_has_a_connection_of_its_own():
+@pytest.mark.parametrize(("has_keep_alive", "num_connections"), [(True, 1), (False, 2)])
+async def test_without_keep_alive_each_request_has_a_connection_of_its_own(has_keep_alive: bool, num_connections: int):
+    connections: list[None] = []
     answer = stream(event(token(num_tokens=1)), DONE)
     async with (
-        scripted_server([answer, answer]) as url,
-        CompletionClient(url, model="tiny", has_keep_alive=False) as client,
+        scripted_server([answer, answer], note_connection=lambda: connections.append(None)) as url,
+        CompletionClient(url, model="tiny", has_keep_alive=has_keep_alive) as client,
     ):
         for _ in range(2):
             body = client.encode([1], num_tokens=1)
             outcome = await client.complete(body, num_prompt_tokens=1, num_tokens=1, due_s=0.0)
             assert outcome.failure is None
+    assert len(connections) == num_connections

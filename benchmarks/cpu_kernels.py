@@ -1,6 +1,6 @@
 """Each CPU kernel beside torch's operators and the limit of this machine.
 
-python benchmarks/kernels.py [--json PATH]
+python benchmarks/cpu_kernels.py [--json PATH]
 
 The limit is the longer of two times: the bytes that must be read from memory over the bandwidth, and the operations
 over the rate of a large matrix product in torch; both are measured at the beginning. Kernels take turns, and the least
@@ -13,20 +13,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from limits import AttentionWork, Limits
 from report import Figure, write_report
 
 from rayserve_sarathi.kernels.attention import ATTENTION_BACKENDS
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, StepLayout
 from rayserve_sarathi.kernels.linear import Linear
 from rayserve_sarathi.kernels.native import kernels_for
 from rayserve_sarathi.registry import load
@@ -43,18 +41,6 @@ STEPS = {
     "15 decodes @ 1024, 256 @ 256": (*(((1, 1024),) * 15), (256, 256)),
 }
 BLOCK_SIZE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What this machine reaches: bytes read and float32 operations, a second."""
-
-    bandwidth: float
-    operations: float
-
-    def time_s(self, num_bytes: float, num_operations: float) -> float:
-        """Return the least time for so much."""
-        return max(num_bytes / self.bandwidth, num_operations / self.operations)
 
 
 def least_s(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -90,31 +76,21 @@ def measure_attention(
 ) -> dict[str, Figure]:
     """Measure attention of requests with (query_len, context_len); `heads` are N, K and H."""
     num_heads, num_kv_heads, head_size = heads
-    query_lens, context_lens = (np.array(each, dtype=np.int32) for each in zip(*lens, strict=True))
-    num_blocks = -(-(query_lens + context_lens) // BLOCK_SIZE)
-    count = int(num_blocks.sum())
-    layout = StepLayout(
-        query_lens=query_lens,
-        context_lens=context_lens,
-        block_tables=np.random.default_rng(0).permutation(count).astype(np.int32),
-        num_blocks=num_blocks,
-        block_size=BLOCK_SIZE,
-    )
-    metadata = AttentionMetadata.of(layout, torch.device("cpu"))
-    q = torch.randn(int(query_lens.sum()), num_heads, head_size)
-    kv_bytes = 2 * 4 * count * BLOCK_SIZE * num_kv_heads * head_size
+    work = AttentionWork(lens, heads, block_size=BLOCK_SIZE)
+    metadata = work.metadata("cpu")
+    q = torch.randn(work.num_tokens, num_heads, head_size)
+    kv_bytes = 4 * work.num_kv_numbers
 
     def runs_of(backend: AttentionBackend) -> Callable[[], object]:
         shape = backend.kv_cache_shape(
-            num_blocks=count, block_size=BLOCK_SIZE, num_kv_heads=num_kv_heads, head_size=head_size
+            num_blocks=work.num_blocks, block_size=BLOCK_SIZE, num_kv_heads=num_kv_heads, head_size=head_size
         )
         pools = cycle([(torch.randn(shape), torch.randn(shape)) for _ in range(max(1, CACHE_BYTES // kv_bytes))])
         return lambda: backend.attention(q, *next(pools), metadata=metadata, scale=0.1, sliding_window=None)
 
     backends = {name: load("attention backend", name, ATTENTION_BACKENDS)() for name in ("cpp", "torch")}
     times = least_s({"kernel" if name == "cpp" else name: runs_of(backend) for name, backend in backends.items()})
-    num_pairs = sum(query_len * context_len + query_len * (query_len + 1) / 2 for query_len, context_len in lens)
-    return _described(times, limits.time_s(kv_bytes, 4 * num_pairs * num_heads * head_size))
+    return _described(times, limits.time_s(kv_bytes, work.num_operations))
 
 
 def _described(times: dict[str, float], limit_s: float) -> dict[str, Figure]:

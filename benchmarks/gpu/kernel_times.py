@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from itertools import product
 
-import numpy as np
 import torch
+from limits import AttentionWork, Limits
 from report import Figure
-from timing import Limits, gpu_s
+from timing import gpu_s
 
 from rayserve_sarathi.kernels import fused
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, StepLayout
 from rayserve_sarathi.kernels.attention.triton_paged import Tiling, TritonAttention, paged_attention
 
 ROWS = (1, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 257, 320, 384, 512, 513, 640, 768, 1024, 2048, 4096)
@@ -73,21 +72,12 @@ def _measure_step(
     heads: tuple[int, int, int], lens: Sequence[tuple[int, int]], limits: Limits, *, is_sweeping: bool
 ) -> dict[str, Figure]:
     num_heads, num_kv_heads, head_size = heads
-    query_lens, context_lens = (np.array(each, dtype=np.int32) for each in zip(*lens, strict=True))
-    num_blocks = -(-(query_lens + context_lens) // BLOCK_SIZE)
-    count = int(num_blocks.sum())
-    layout = StepLayout(
-        query_lens=query_lens,
-        context_lens=context_lens,
-        block_tables=np.random.default_rng(0).permutation(count).astype(np.int32),
-        num_blocks=num_blocks,
-        block_size=BLOCK_SIZE,
-    )
-    metadata = AttentionMetadata.of(layout, torch.device("cuda"))
-    q = torch.randn(int(query_lens.sum()), num_heads, head_size, dtype=torch.bfloat16, device="cuda")
-    kv_bytes = 2 * 2 * count * BLOCK_SIZE * num_kv_heads * head_size
+    work = AttentionWork(lens, heads, block_size=BLOCK_SIZE)
+    metadata = work.metadata("cuda")
+    q = torch.randn(work.num_tokens, num_heads, head_size, dtype=torch.bfloat16, device="cuda")
+    kv_bytes = 2 * work.num_kv_numbers
     shape = TritonAttention().kv_cache_shape(
-        num_blocks=count, block_size=BLOCK_SIZE, num_kv_heads=num_kv_heads, head_size=head_size
+        num_blocks=work.num_blocks, block_size=BLOCK_SIZE, num_kv_heads=num_kv_heads, head_size=head_size
     )
     pools = [
         tuple(torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -113,8 +103,7 @@ def _measure_step(
             repeats=10,
         )
 
-    num_pairs = sum(query_len * context_len + query_len * (query_len + 1) / 2 for query_len, context_len in lens)
-    limit_s = limits.time_s(kv_bytes, 4 * num_pairs * num_heads * head_size)
+    limit_s = limits.time_s(kv_bytes, work.num_operations)
     ours_s = time_s(None)
     figures: dict[str, Figure] = {"us": 1e6 * ours_s, "limit_us": 1e6 * limit_s, "share_of_limit": limit_s / ours_s}
     if len(lens) == 1 and lens[0][1] == 0:

@@ -6,9 +6,8 @@ What the command runs is loaded when it does, matplotlib above all, which comes 
 import argparse
 from pathlib import Path
 
-from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.registry import import_object
-from rayserve_sarathi.simulation.hardware import HARDWARE
+from rayserve_sarathi.simulation.options import add_machine_arguments, parse_machine
 
 FIGURES = (
     "throughput",
@@ -24,21 +23,16 @@ FIGURES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    machine = parser.add_argument_group("the machine")
-    machine.add_argument(
-        "--model", required=True, help="such as mistral-7b or yi-34b; or a folder with a config.json, or a hub id"
-    )
-    machine.add_argument("--hardware", required=True, choices=sorted(HARDWARE), help="kind of device")
-    machine.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks of a stage (default: %(default)s)")
-    machine.add_argument(
-        "--pipeline-parallel-size", type=int, default=1, help="stages; 2 for the bubbles if 1 (default: %(default)s)"
-    )
-    machine.add_argument(
-        "--profiles", type=Path, help="folder of measured profiles; the hardware's data sheet is used if left out"
-    )
+    add_machine_arguments(parser)
     figures = parser.add_argument_group("the figures")
     figures.add_argument("--out", type=Path, required=True, metavar="DIR", help="write a PNG and a JSON file of each")
-    figures.add_argument("--only", nargs="+", choices=FIGURES, metavar="NAME", help=f"of {', '.join(FIGURES)}")
+    figures.add_argument(
+        "--only",
+        nargs="+",
+        choices=FIGURES,
+        metavar="NAME",
+        help=f"of {', '.join(FIGURES)}; bubbles are those of two stages at least",
+    )
     requests = parser.add_argument_group("the simulated requests")
     requests.add_argument(
         "--trace", type=Path, help="CSV file of their lengths; lognormal like ShareGPT's chats if left out"
@@ -83,16 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: An option is out of range or does not fit the others, or matplotlib is not installed.
     """
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
-    machine = import_object("rayserve_sarathi.simulation.figures.machine:Machine")(
-        model=arguments.model,
-        hardware=arguments.hardware,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        pipeline_parallel_size=arguments.pipeline_parallel_size,
-        profiles=arguments.profiles,
-    )
+    machine = import_object("rayserve_sarathi.simulation.figures.machine:Machine")(**parse_machine(arguments))
     settings = import_object("rayserve_sarathi.simulation.figures.session:FigureSettings")(
         machine=machine,
         out=arguments.out,

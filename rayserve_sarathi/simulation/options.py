@@ -1,12 +1,13 @@
-"""Options that the commands of the simulator share: what is simulated, and with which requests."""
+"""Options that the commands of the simulator share: the machine, what is simulated on it, and with which requests."""
 
 import argparse
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from rayserve_sarathi.config import SchedulerConfig, SloConfig
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.scheduling import SCHEDULERS
+from rayserve_sarathi.simulation.hardware import HARDWARE
 from rayserve_sarathi.simulation.system_config import SystemConfig
 from rayserve_sarathi.simulation.workload import (
     ARXIV_LENGTHS,
@@ -21,14 +22,52 @@ _FITTED = {"sharegpt": SHAREGPT_LENGTHS, "arxiv": ARXIV_LENGTHS}
 _DEFAULTS = SchedulerConfig()
 
 
+class MachineOptions(TypedDict):
+    """What commands are told of a machine, as those who compute with it take it."""
+
+    model: str
+    hardware: str
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    profiles: Path | None
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `parse_machine` reads."""
+    group = parser.add_argument_group("the machine")
+    group.add_argument(
+        "--model", required=True, help="such as mistral-7b or yi-34b; or a folder with a config.json, or a hub id"
+    )
+    group.add_argument("--hardware", required=True, choices=sorted(HARDWARE), help="kind of device")
+    group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks of a stage (default: 1)")
+    group.add_argument("--pipeline-parallel-size", type=int, default=1, metavar="N", help="stages (default: 1)")
+    group.add_argument(
+        "--profiles", type=Path, metavar="DIR", help="measured step times; the hardware's data sheet if left out"
+    )
+
+
+def parse_machine(arguments: argparse.Namespace) -> MachineOptions:
+    """Return what was given for `add_machine_arguments`.
+
+    Raises:
+        ConfigError: There are no stages, or no ranks.
+    """
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    return MachineOptions(
+        model=arguments.model,
+        hardware=arguments.hardware,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        pipeline_parallel_size=arguments.pipeline_parallel_size,
+        profiles=arguments.profiles,
+    )
+
+
 def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `parse_system` reads."""
-    group = parser.add_argument_group("what is simulated")
-    group.add_argument("--model", required=True, help="such as mistral-7b, or a folder with a config.json")
-    group.add_argument("--hardware", required=True, help="such as a100")
-    group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
-    group.add_argument("--pipeline-parallel-size", type=int, default=1, metavar="N")
-    group.add_argument("--profiles", type=Path, metavar="DIR", help="measured step times instead of data sheets")
+    add_machine_arguments(parser)
+    group = parser.add_argument_group("the engine")
     group.add_argument("--policy", default=_DEFAULTS.policy, choices=sorted(SCHEDULERS))
     group.add_argument(
         "--token-budget", type=_token_budget, default=_DEFAULTS.token_budget, metavar="N", help="or auto"
@@ -46,11 +85,7 @@ def parse_system(arguments: argparse.Namespace) -> SystemConfig:
         ConfigError: A limit of the scheduler is out of range.
     """
     return SystemConfig(
-        model=arguments.model,
-        hardware=arguments.hardware,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        pipeline_parallel_size=arguments.pipeline_parallel_size,
-        profiles=arguments.profiles,
+        **parse_machine(arguments),
         max_model_len=arguments.max_model_len,
         num_blocks=arguments.num_blocks,
         scheduler=SchedulerConfig(

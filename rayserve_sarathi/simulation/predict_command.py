@@ -9,23 +9,14 @@ before it. Only the last chunk samples a token.
 
 import argparse
 import sys
-from pathlib import Path
 
 from rayserve_sarathi.registry import import_object
-from rayserve_sarathi.simulation.hardware import HARDWARE
+from rayserve_sarathi.simulation.options import add_machine_arguments, parse_machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument(
-        "--model", required=True, help="such as mistral-7b or yi-34b; or a folder with a config.json, or a hub id"
-    )
-    parser.add_argument("--hardware", required=True, choices=sorted(HARDWARE), help="kind of device")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks of a stage (default: %(default)s)")
-    parser.add_argument("--pipeline-parallel-size", type=int, default=1, help="stages (default: %(default)s)")
-    parser.add_argument(
-        "--profiles", type=Path, help="folder of measured profiles; the hardware's data sheet is used if left out"
-    )
+    add_machine_arguments(parser)
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="of a prompt (default: %(default)s)")
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="of the prompt in each step; all if left out")
     parser.add_argument("--decodes", type=int, default=0, help="requests that decode in each step (default: 0)")
@@ -43,11 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     predict = import_object("rayserve_sarathi.simulation.prediction:predict")
     sys.stdout.write(
         predict(
-            model=arguments.model,
-            hardware=arguments.hardware,
-            tensor_parallel_size=arguments.tensor_parallel_size,
-            pipeline_parallel_size=arguments.pipeline_parallel_size,
-            profiles=arguments.profiles,
+            **parse_machine(arguments),
             prefill=arguments.prefill,
             chunk=arguments.chunk,
             num_decodes=arguments.decodes,

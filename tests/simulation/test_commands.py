@@ -86,7 +86,7 @@ def test_a_target_that_cannot_be_met_gives_no_rate(capsys: pytest.CaptureFixture
         (["--trace", "/none.csv"], "cannot read the trace /none.csv"),
         (["--model", "no-such-model-7b/x"], "no-such-model-7b"),
         (["--num-blocks", "3"], "3 KV blocks of 16 tokens cannot hold a request of max_model_len=8192"),
-        (["--tensor-parallel-size", "0"], "tensor_parallel_size must be at least 1, got 0"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size must be at least 1, got 0"),
         (["--profiles", "/none"], "/none has neither"),
     ],
 )

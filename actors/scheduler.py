@@ -207,7 +207,8 @@ async def _start_pipeline(config: EngineConfig, info: ModelInfo) -> tuple[Pipeli
     transport: Transport = load("transport", config.transport, TRANSPORTS)(
         stages,
         config,
-        max_steps_inside=max_steps_in_flight(config.pipeline_parallel_size),
+        # One stage has one step, and perhaps the next one already.
+        max_steps_inside=max_steps_in_flight(config.pipeline_parallel_size) + config.async_scheduling,
         max_message_bytes=config.scheduler.max_step_tokens * info.decoder.hidden_size * _MAX_ITEMSIZE + 4 * _MIB,
     )
     pipeline = ActorPipeline(stages, transport, step_timeout_s=config.step_timeout_s)

@@ -113,7 +113,7 @@ async def started(config: EngineConfig, transport: str) -> AsyncIterator[tuple[P
         way: Transport = load("transport", transport, TRANSPORTS)(
             stages,
             config,
-            max_steps_inside=max_steps_in_flight(num_stages),
+            max_steps_inside=max_steps_in_flight(num_stages) + config.async_scheduling,
             max_message_bytes=_MESSAGE_BYTES,
         )
         pipeline = ActorPipeline(stages, way, step_timeout_s=config.step_timeout_s)

@@ -73,7 +73,7 @@ class NoStage:
         self._is_last = is_last
         self._hidden = torch.zeros(NUM_DECODES, hidden_bytes // NUM_DECODES // 2, dtype=torch.bfloat16)
 
-    def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+    def launch(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
         """See `Stage`."""
         now_s = time.monotonic()
         timing = StageTiming(stage=self._index, receive_s=receive_s or now_s, start_s=now_s, end_s=now_s)
@@ -114,7 +114,7 @@ def run_pickle_stage(pipe: Pipe, index: int, is_last: bool, hidden_bytes: int, s
                     if isinstance(message, StepInput):
                         message = StageMessage(step=message)
                     assert isinstance(message, StageMessage)
-                    send_pickle(downstream, executor.execute(message))
+                    send_pickle(downstream, executor.launch(message))
 
 
 def answer(pipe: Pipe) -> None:

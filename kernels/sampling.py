@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayserve_sarathi.kernels.gpu import on_device
+
 _COLUMNS_AT_ONCE = 2048
 
 
@@ -37,7 +39,8 @@ def draw(
     """
     num_rows, vocab_size = logits.shape
     assert logits.is_contiguous() and logits.dtype == torch.float32, (logits.dtype, logits.stride())
-    settings = torch.from_numpy(np.stack([temperature, top_k, top_p, min_p, u]).astype(np.float64)).to(logits.device)
+    rows = np.stack([temperature, top_k, top_p, min_p, u]).astype(np.float64)
+    settings = on_device(torch.from_numpy(rows), logits.device)
     out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     columns = min(_COLUMNS_AT_ONCE, triton.next_power_of_2(vocab_size))
     _draw[(num_rows,)](logits, settings, out, num_rows, vocab_size, COLUMNS=columns, num_warps=8)

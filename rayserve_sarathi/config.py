@@ -131,6 +131,9 @@ class EngineConfig:
     """Whether requests share the KV of equal beginnings."""
     attention_backend: str = "auto"
     """See `kernels.attention.ATTENTION_BACKENDS`."""
+    async_scheduling: bool = True
+    """Whether the step after a short one is made up while that one runs, so that a pipeline of a single stage does not
+    wait for the scheduler either."""
     enforce_eager: bool = False
     """Whether a GPU's kernels begin one by one. Otherwise the steps of a stage are CUDA graphs where they can be, which
     take some seconds to record at the start."""

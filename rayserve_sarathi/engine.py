@@ -84,6 +84,7 @@ def make_scheduler(config: EngineConfig, info: ModelInfo, *, num_blocks: int) ->
         num_stages=config.pipeline_parallel_size,
         slo=config.slo,
         prior=believed_step_times(config, info),
+        is_async=config.async_scheduling,
     )
 
 

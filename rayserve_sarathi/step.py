@@ -87,6 +87,21 @@ class LogitBias:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PendingTokens:
+    """Tokens to compute that the step before this one samples: the scheduler does not know them yet, the stage will.
+
+    If that step fails, so do their requests, and whatever a stage takes in their place comes to nothing.
+
+    Args:
+        positions: Which of the T tokens, [P]; what stands there in `StepInput.token_ids` means nothing.
+        samples: Which of the S of the step before each is, [P].
+    """
+
+    positions: Int32Array
+    samples: Int32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
     """One model iteration: a chunk of each of R requests, those with a single token first.
 
@@ -102,7 +117,8 @@ class StepInput:
         sample_requests: The S requests (indices into R, ascending) whose last token in this step is their last known
             token, so that it yields the next one.
         sampling: How to sample them, [S] of `SAMPLING_DTYPE`.
-        histories: Token histories of those among the S that have penalties.
+        pending: Tokens that are not known yet; None for none.
+        histories: Token histories of those among the S that have penalties; a pending token is not in them.
         logit_bias: Biased logits; None for none.
         prompt_logprobs: Prompt log-probabilities that are asked for.
     """
@@ -117,6 +133,7 @@ class StepInput:
     num_blocks: Int32Array
     sample_requests: Int32Array
     sampling: npt.NDArray[np.void]
+    pending: PendingTokens | None = None
     histories: tuple[TokenHistory, ...] = ()
     logit_bias: LogitBias | None = None
     prompt_logprobs: tuple[PromptLogprobsQuery, ...] = ()

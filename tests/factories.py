@@ -58,6 +58,7 @@ def make_scheduler(
     enable_prefix_caching: bool = True,
     slo: SloConfig | None = None,
     prior: StepTimeModel | None = None,
+    is_async: bool = False,
     **config: Any,
 ) -> Scheduler:
     """Make a scheduler over a pool of its own; `max_model_len` defaults to the whole pool."""
@@ -77,6 +78,7 @@ def make_scheduler(
         num_decode_groups=num_decode_groups,
         slo=slo,
         prior=prior,
+        is_async=is_async,
     )
     return scheduler
 
@@ -91,10 +93,14 @@ class HashModel:
     def __init__(self, *, num_blocks: int, block_size: int) -> None:
         self._states = np.zeros(num_blocks * block_size, dtype=np.uint64)
         self._block_size = block_size
+        self._sampled = np.empty(0, dtype=np.int32)
 
     def run(self, step: StepInput) -> StepOutput:
         """Compute `step` and sample its tokens."""
-        tokens = iter(step.token_ids.tolist())
+        token_ids = step.token_ids.copy()
+        if step.pending is not None:
+            token_ids[step.pending.positions] = self._sampled[step.pending.samples]
+        tokens = iter(token_ids.tolist())
         tables = np.split(step.block_tables, np.cumsum(step.num_blocks)[:-1])
         last = []
         for query_len, context_len, table in zip(step.query_lens, step.context_lens, tables, strict=True):
@@ -103,11 +109,8 @@ class HashModel:
                 state = next_state(state, next(tokens))
                 self._states[self._slot(table, position)] = state
             last.append(state)
-        return StepOutput(
-            step_id=step.step_id,
-            epoch=step.epoch,
-            token_ids=np.array([sampled(last[index]) for index in step.sample_requests], dtype=np.int32),
-        )
+        self._sampled = np.array([sampled(last[index]) for index in step.sample_requests], dtype=np.int32)
+        return StepOutput(step_id=step.step_id, epoch=step.epoch, token_ids=self._sampled)
 
     def _slot(self, table: Any, position: int) -> int:
         return int(table[position // self._block_size]) * self._block_size + position % self._block_size

@@ -77,4 +77,4 @@ class Stages:
     def run(self, step: StepInput) -> StepOutput:
         """Run the step and sample."""
         last = self._runners[-1]
-        return last.sample(step, last.logits(step, self.hidden(step)))
+        return last.sample(step, last.logits(step, self.hidden(step))).wait()

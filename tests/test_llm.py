@@ -1,13 +1,18 @@
 """Offline generation: the whole engine in one process, judged by transformers."""
 
 import asyncio
+import math
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from rayserve_sarathi import LLM, SamplingParams
 from rayserve_sarathi.errors import ConfigError, ContextLengthError, InvalidRequestError
+from rayserve_sarathi.execution.model_runner import ModelRunner
 from rayserve_sarathi.request import FinishReason
+from rayserve_sarathi.scheduling import base
+from rayserve_sarathi.step import StepInput
 from tests.servable import Reference, save_servable
 
 MAX_TOKENS = 20
@@ -75,6 +80,56 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_in_chunks_and_over_stages
 
     assert runs[0] == runs[1] == runs[2] == alone
     assert len(set(alone)) > 10
+
+
+VARIED = [
+    SamplingParams(max_tokens=12, temperature=0),
+    SamplingParams(max_tokens=12, temperature=0.9, top_k=20, seed=3),
+    SamplingParams(max_tokens=12, temperature=0, frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.2),
+    SamplingParams(max_tokens=12, temperature=0, min_tokens=6, stop_token_ids=tuple(range(40))),
+    SamplingParams(max_tokens=12, temperature=0, stop_token_ids=tuple(range(40))),
+    SamplingParams(max_tokens=5, temperature=0, logprobs=2, prompt_logprobs=1),
+    SamplingParams(max_tokens=1, temperature=0.7, seed=1),
+    SamplingParams(max_tokens=12, temperature=0, logit_bias=((17, 40.0),)),
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"tensor_parallel_size": 2}, {"scheduler": {"token_budget": 5}}])
+@pytest.mark.parametrize("is_on_gpu", [False, True], ids=["cpu", "as-on-a-gpu"])
+def test_steps_scheduled_ahead_change_nothing(
+    checkpoint: Path, is_on_gpu: bool, settings: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """With penalties, stops, least and most tokens, log-probabilities."""
+    monkeypatch.setattr(base, "AHEAD_OF_STEP_S", math.inf)  # however slow this machine is
+    sampling = [VARIED[index % len(VARIED)] for index in range(len(PROMPTS))]
+    with LLM(str(checkpoint), async_scheduling=False, **settings) as llm:
+        one_by_one = llm.generate(PROMPTS, sampling)
+    # As if its tokens were not there yet, so that a stage launches the next step before it waits for them.
+    monkeypatch.setattr(ModelRunner, "is_on_gpu", is_on_gpu)
+    pending = count_pending(monkeypatch)
+    with LLM(str(checkpoint), **settings) as llm:
+        ahead = llm.generate(PROMPTS, sampling)
+
+    assert sum(pending) > 50
+    assert [each.token_ids for each in ahead] == [each.token_ids for each in one_by_one]
+    assert [each.finish_reason for each in ahead] == [each.finish_reason for each in one_by_one]
+    for one, other in zip(ahead, one_by_one, strict=True):
+        for mine, theirs in zip(one.logprobs or (), other.logprobs or (), strict=True):
+            assert mine.token_id == theirs.token_id
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+def count_pending(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of pending tokens of each step that is computed."""
+    counts: list[int] = []
+    forward = ModelRunner.forward
+
+    def count(runner: ModelRunner, step: StepInput, hidden: Tensor | None) -> Tensor:
+        counts.append(0 if step.pending is None else len(step.pending.positions))
+        return forward(runner, step, hidden)
+
+    monkeypatch.setattr(ModelRunner, "forward", count)
+    return counts
 
 
 def test_a_second_prompt_with_the_same_prefix_finds_it_in_the_cache(checkpoint: Path):

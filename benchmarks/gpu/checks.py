@@ -117,7 +117,8 @@ def check_graphs(config: EngineConfig) -> Iterator[tuple[str, float, float]]:
         one, other = eager.forward(step, None), graphs.forward(step, None)
         yield f"graph of {name}", float((one - other).abs().max() / one.abs().max()), 0.02
         tokens = [
-            runner.sample(step, runner.logits(step, hidden)) for runner, hidden in ((eager, one), (graphs, other))
+            runner.sample(step, runner.logits(step, hidden)).wait()
+            for runner, hidden in ((eager, one), (graphs, other))
         ]
         differing = np.mean(tokens[0].token_ids != tokens[1].token_ids)
         yield f"tokens of the graph of {name}", float(differing), 0.2

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from inline_server import Served, Server
 from limits import Limits
@@ -140,7 +141,7 @@ def measure_steps(
 
 def run_step(runner: ModelRunner, step: StepInput) -> None:
     """Compute a step and sample."""
-    runner.sample(step, runner.logits(step, runner.forward(step, None)))
+    runner.sample(step, runner.logits(step, runner.forward(step, None))).wait()
 
 
 def _ideal(hardware: Hardware, limits: Limits) -> Hardware:
@@ -188,6 +189,27 @@ def measure_capacity(name: str, target_s: float, *, num_requests: int, first_rat
             limited = replace(scheduler, max_num_seqs=128)
             figures[policy] = _search(server, limited, policy, workload, criteria, first_rate)
         server.close()
+    return figures
+
+
+def measure_ahead(name: str) -> dict[str, Figure]:
+    """Return the milliseconds between tokens of 32 decodes in the engine, with steps scheduled ahead and without."""
+    num_output_tokens = 200
+    workload = Workload(
+        arrivals_s=np.zeros(NUM_DECODES),
+        num_prompt_tokens=np.full(NUM_DECODES, 64),
+        num_output_tokens=np.full(NUM_DECODES, num_output_tokens),
+        rate=1.0,
+    )
+    scheduler = SchedulerConfig(max_num_seqs=NUM_DECODES, token_budget=2048)
+    figures: dict[str, Figure] = {}
+    with model_config(MODELS[name]) as config:
+        for way, is_async in (("one_by_one_ms", False), ("ahead_ms", True)):
+            settings = replace(config, max_model_len=8192, scheduler=scheduler, async_scheduling=is_async)
+            server = Server(settings)
+            figures[way] = 1e3 * server.serve(workload, scheduler).gaps.quantile(0.5)
+            server.close()
+            torch.cuda.empty_cache()
     return figures
 
 

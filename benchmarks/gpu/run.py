@@ -21,11 +21,11 @@ sys.path += [str(_HERE.parent), str(_HERE.parent.parent)]
 
 from checks import check_attention, check_fused, check_graphs, check_tokens  # noqa: E402  where they are is set above
 from kernel_times import measure_attention, measure_fused, measure_linear  # noqa: E402
-from models import MODELS, SMALL, measure_capacity, measure_steps, model_config  # noqa: E402
+from models import MODELS, SMALL, measure_ahead, measure_capacity, measure_steps, model_config  # noqa: E402
 from report import Figure, write_report  # noqa: E402
 from timing import measure_limits, measure_sustained_operations  # noqa: E402
 
-SECTIONS = ("checks", "linear", "attention", "fused", *(f"steps {name}" for name in MODELS), "capacity")
+SECTIONS = ("checks", "linear", "attention", "fused", *(f"steps {name}" for name in MODELS), "ahead", "capacity")
 # The paper's strict target: five times a step of 32 decodes with 4,096 tokens each (section 5).
 STRICT, TARGET_STEP = 5, "32 decodes @ 4096"
 
@@ -79,6 +79,7 @@ def main() -> None:
         "attention": lambda: measure_attention(limits, is_sweeping=arguments.sweep),
         "fused": lambda: measure_fused(limits),
         **{f"steps {name}": lambda name=name: measure_steps(name, limits, arguments.hardware) for name in MODELS},
+        "ahead": lambda: measure_ahead("mistral-7b"),
         "capacity": capacity,
     }
     has_failed = False

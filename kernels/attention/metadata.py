@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rayserve_sarathi.kernels.gpu import on_device
+
 # A gather of more tokens than this leaves the cache of a CPU before it is used, and its memory is mapped anew each
 # time: 32 decodes of 1024 tokens took half the time in groups of 8192 tokens.
 _MAX_GROUP_TOKENS = 8192
@@ -210,7 +212,7 @@ def _sums(lens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def to_device(arrays: Sequence[_IntArray], device: torch.device) -> tuple[Tensor, ...]:
     """Return the arrays as int32 tensors of the same shapes; one copy for all, as each to a GPU takes some 10 us."""
     packed = np.concatenate([array.ravel() for array in arrays], dtype=np.int32, casting="unsafe")
-    parts = torch.split(torch.from_numpy(packed).to(device), [array.size for array in arrays])
+    parts = torch.split(on_device(torch.from_numpy(packed), device), [array.size for array in arrays])
     return tuple(part.view(array.shape) for part, array in zip(parts, arrays, strict=True))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayserve_sarathi.execution.model_input import step_layout
+from rayserve_sarathi.execution.model_input import put_pending, step_layout
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, StepLayout
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.step import StepInput
@@ -226,12 +226,13 @@ class StepGraphs:
             (torch.cuda.memory_reserved(decoder.device) - before) / 2**20,
         )
 
-    def run(self, step: StepInput, hidden: Tensor | None) -> Tensor | None:
+    def run(self, step: StepInput, hidden: Tensor | None, *, sampled: Tensor | None = None) -> Tensor | None:
         """Compute a step's tokens in the stage's layers, or return None if no graph is for it.
 
         Args:
             step: What to compute.
             hidden: Output of the stage before, [T, D]; None on the first stage.
+            sampled: Tokens of the step before, [S], for those that are pending.
 
         Returns:
             [T, D]; the next step may overwrite it on the last stage.
@@ -240,6 +241,8 @@ class StepGraphs:
         if size is None:
             return None
         self._tensors.write(step.token_ids, step_layout(step, block_size=self._block_size), size)
+        if step.pending is not None:
+            put_pending(self._tensors.token_ids(size), step.pending, sampled)
         if hidden is not None:
             self._hidden[: step.num_tokens].copy_(hidden, non_blocking=True)
         graph, out = self._graphs[size]

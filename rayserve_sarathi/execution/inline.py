@@ -10,7 +10,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError
-from rayserve_sarathi.execution.stage import Stage, StageMessage
+from rayserve_sarathi.execution.stage import LaunchedStep, Stage, StageMessage
 from rayserve_sarathi.models.load import resolve_device
 from rayserve_sarathi.models.parallel import join
 from rayserve_sarathi.step import StepInput, StepOutput
@@ -82,7 +82,9 @@ class InlinePipeline:
             )
             for tp_rank in range(len(ranks))
         )
-        self._inside: asyncio.Queue[Future[StepOutput]] = asyncio.Queue()
+        # Waits for a GPU, while the next step is launched.
+        self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="waiting")
+        self._inside: asyncio.Queue[Future[StepOutput | LaunchedStep]] = asyncio.Queue()
 
     async def submit(self, step: StepInput) -> None:
         """Queue the step for the worker threads."""
@@ -92,7 +94,11 @@ class InlinePipeline:
         """Wait for the oldest step."""
         future = await self._inside.get()
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._step_timeout_s)
+            async with asyncio.timeout(self._step_timeout_s):
+                output = await asyncio.wrap_future(future)
+                if isinstance(output, LaunchedStep):
+                    output = await asyncio.get_running_loop().run_in_executor(self._waiting, output.wait)
+                return output
         except TimeoutError:
             raise EngineDeadError(f"a step took longer than step_timeout_s={self._step_timeout_s}") from None
 
@@ -109,8 +115,11 @@ class InlinePipeline:
             self._inside.get_nowait().cancel()
         self._thread.submit(self._close_others)
         self._thread.shutdown(wait=False)
+        self._waiting.shutdown(wait=False)
 
-    def _run(self, step: StepInput) -> StepOutput:
+    def _run(self, step: StepInput) -> StepOutput | LaunchedStep:
+        if not self._others:
+            return _launch_stages(self._ranks[0], step)
         others = [
             thread.submit(_run_stages, stages, step)
             for thread, stages in zip(self._others, self._ranks[1:], strict=True)
@@ -124,10 +133,15 @@ class InlinePipeline:
             thread.shutdown(wait=False)
 
 
-def _run_stages(stages: Sequence[Stage], step: StepInput) -> StepOutput:
-    message = stages[0].execute_first(step)
-    for stage in stages[1:]:
+def _launch_stages(stages: Sequence[Stage], step: StepInput) -> StepOutput | LaunchedStep:
+    message: StageMessage | StepOutput | LaunchedStep = StageMessage(step=step)
+    for stage in stages:
         assert isinstance(message, StageMessage)
-        message = stage.execute(message)
-    assert isinstance(message, StepOutput)
+        message = stage.launch(message)
+    assert not isinstance(message, StageMessage)
     return message
+
+
+def _run_stages(stages: Sequence[Stage], step: StepInput) -> StepOutput:
+    launched = _launch_stages(stages, step)
+    return launched.wait() if isinstance(launched, LaunchedStep) else launched

@@ -5,7 +5,7 @@ Dimensions: T tokens in the step; D hidden size; S requests that sample a token;
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,15 +15,54 @@ from rayserve_sarathi.execution.cuda_graphs import StepGraphs, StepLimits, refus
 from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.logprobs import token_logprobs
 from rayserve_sarathi.execution.model_input import build_model_input, first_tokens, sampled_tokens
-from rayserve_sarathi.execution.sampler import NOT_FINITE, sample
+from rayserve_sarathi.execution.sampler import NOT_FINITE, Sampled, Sampling, sample
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.request import TokenLogprobs
-from rayserve_sarathi.step import Int32Array, PromptLogprobsQuery, StepInput, StepOutput
+from rayserve_sarathi.step import PromptLogprobsQuery, StepInput, StepOutput
 
 # Logits of a whole chunk at once would be 500 MB for 1024 tokens and a vocabulary of 128 thousand.
 _MAX_PROMPT_LOGITS_ROWS = 128
 
 _logger = logging.getLogger(__name__)
+
+
+class PendingOutput:
+    """What will come of a step when the device gets there.
+
+    Args:
+        step: The step.
+        sampling: Of its sampling requests; None if there are none, or another rank's tokens count.
+        prompt_logprobs: As in `StepOutput`.
+    """
+
+    def __init__(
+        self, step: StepInput, sampling: Sampling | None, prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    ) -> None:
+        self._step = step
+        self._sampling = sampling
+        self._prompt_logprobs = prompt_logprobs
+
+    @torch.inference_mode()
+    def wait(self) -> StepOutput:
+        """Return the output, without timings; any thread may call it."""
+        step = self._step
+        sampled = Sampled(np.empty(0, np.int32), {}, np.empty(0, np.int64))
+        if self._sampling is not None:
+            sampled = self._sampling.wait()
+        bad_requests = step.sample_requests[sampled.bad_rows].tolist()
+        bad_requests += [
+            request
+            for request, reports in self._prompt_logprobs.items()
+            if any(not math.isfinite(report.logprob) for report in reports)
+        ]
+        return StepOutput(
+            step_id=step.step_id,
+            epoch=step.epoch,
+            token_ids=sampled.token_ids,
+            logprobs=sampled.logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            errors=dict.fromkeys(bad_requests, NOT_FINITE),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +94,8 @@ class ModelRunner:
     ) -> None:
         self._decoder = decoder
         self._block_size = block_size
+        self._newest: tuple[int, Tensor] | None = None
+        """The last step that sampled, and its tokens, [S], where they are."""
         self._kv_caches = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
         self._graphs: StepGraphs | None = None
         if graph_limits is not None:
@@ -69,6 +110,11 @@ class ModelRunner:
         """Whether this stage samples."""
         return self._decoder.is_last
 
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the stage's calls return before the device has done what they ask for."""
+        return self._decoder.device.type == "cuda"
+
     @torch.inference_mode()
     def forward(self, step: StepInput, hidden: Tensor | None) -> Tensor:
         """Compute the step's tokens in this stage's layers.
@@ -81,9 +127,10 @@ class ModelRunner:
             Input of the stage after, or of `logits` on the last stage, [T, D].
         """
         decoder = self._decoder
-        if self._graphs is not None and (out := self._graphs.run(step, hidden)) is not None:
+        sampled = self._sampled_before(step)
+        if self._graphs is not None and (out := self._graphs.run(step, hidden, sampled=sampled)) is not None:
             return out
-        model_input = build_model_input(step, block_size=self._block_size, device=decoder.device)
+        model_input = build_model_input(step, block_size=self._block_size, device=decoder.device, sampled=sampled)
         if hidden is None:
             hidden = decoder.embed(model_input.token_ids)
         return decoder.forward(hidden.to(decoder.device), model_input.metadata, self._kv_caches)
@@ -105,7 +152,7 @@ class ModelRunner:
         return StepLogits(logits=logits, prompt_logprobs=prompt_logprobs)
 
     @torch.inference_mode()
-    def sample(self, step: StepInput, made: StepLogits) -> StepOutput:
+    def sample(self, step: StepInput, made: StepLogits) -> PendingOutput:
         """Choose the step's new tokens; no rank waits for another here.
 
         Args:
@@ -113,26 +160,39 @@ class ModelRunner:
             made: What `logits` returned.
 
         Returns:
-            The output, without timings; on ranks other than 0, without tokens too.
+            The output to come; on ranks other than 0, without tokens.
         """
-        token_ids: Int32Array = np.empty(0, np.int32)
-        logprobs: dict[int, TokenLogprobs] = {}
-        bad_requests: list[int] = []
-        if made.logits is not None and self._is_chooser:
-            token_ids, logprobs, bad_rows = sample(made.logits, step)
-            bad_requests = step.sample_requests[bad_rows].tolist()
-        bad_requests += [
-            request
-            for request, reports in made.prompt_logprobs.items()
-            if any(not math.isfinite(report.logprob) for report in reports)
-        ]
-        return StepOutput(
-            step_id=step.step_id,
-            epoch=step.epoch,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            prompt_logprobs=made.prompt_logprobs,
-            errors=dict.fromkeys(bad_requests, NOT_FINITE),
+        sampling: Sampling | None = None
+        if made.logits is not None and (self._is_chooser or self._decoder.is_first):
+            # On a single stage every rank embeds the tokens that the next step may have pending. They are the same, as
+            # the logits are to the last bit.
+            sampling = sample(made.logits, self._with_known_histories(step))
+            self._newest = (step.step_id, sampling.token_ids)
+        return PendingOutput(step, sampling if self._is_chooser else None, made.prompt_logprobs)
+
+    def _sampled_before(self, step: StepInput) -> Tensor | None:
+        """Return the tokens of the step before, None if it failed."""
+        if self._newest is None or self._newest[0] != step.step_id - 1:
+            return None
+        return self._newest[1]
+
+    def _with_known_histories(self, step: StepInput) -> StepInput:
+        """Return the step with its pending tokens in the histories; a GPU is waited for if there are any."""
+        sampled = self._sampled_before(step)
+        if not step.histories or step.pending is None or sampled is None:
+            return step
+        tokens = sampled.cpu().numpy().astype(np.int32)[step.pending.samples]
+        token_of = dict(zip(step.pending.positions.tolist(), tokens, strict=True))
+        # A request whose token is pending is among the first, which have a token each.
+        requests = step.sample_requests.tolist()
+        return replace(
+            step,
+            histories=tuple(
+                replace(history, output_token_ids=np.append(history.output_token_ids, token_of[requests[history.row]]))
+                if requests[history.row] in token_of
+                else history
+                for history in step.histories
+            ),
         )
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rayserve_sarathi.execution.logprobs import token_logprobs
 from rayserve_sarathi.execution.uniform import uniforms
-from rayserve_sarathi.kernels.gpu import sampling_for
+from rayserve_sarathi.kernels.gpu import on_device, sampling_for
 from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import Int32Array, LogitBias, StepInput, TokenHistory
 
@@ -47,7 +47,55 @@ class Sampled(NamedTuple):
     bad_rows: npt.NDArray[np.int64]
 
 
-def sample(logits: Tensor, step: StepInput) -> Sampled:
+class Sampling:
+    """Tokens that are chosen, or will be once a GPU gets there.
+
+    Args:
+        token_ids: [S], any integers, on the logits' device.
+        is_bad: Which of the S have logits that are NaN or infinite, [S] bool.
+        raw_logprobs: Log-probabilities, [n, V], of those of the `asked` that want them reported.
+        asked: Which of the S, [n].
+        num_logprobs: How many alternatives each of them wants.
+    """
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        is_bad: Tensor,
+        *,
+        raw_logprobs: Tensor,
+        asked: npt.NDArray[np.int64],
+        num_logprobs: list[int],
+    ) -> None:
+        self.token_ids = token_ids
+        self._raw_logprobs = raw_logprobs
+        self._asked = asked
+        self._num_logprobs = num_logprobs
+        # Together, as a copy takes longer to begin than to do.
+        both = torch.stack((token_ids, is_bad.to(token_ids.dtype)))
+        self._copied: torch.cuda.Event | None = None
+        if both.is_cuda:
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+            self._copied.record()
+        else:
+            self._host = both
+
+    def wait(self) -> Sampled:
+        """Return the tokens when they are on the host; any thread may call it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        chosen, bad = self._host.numpy().astype(np.int32)
+        bad_rows = np.flatnonzero(bad)
+        asked = self._asked
+        if not len(asked):
+            return Sampled(chosen, {}, bad_rows)
+        reports = token_logprobs(self._raw_logprobs, chosen[asked].tolist(), self._num_logprobs)
+        return Sampled(chosen, dict(zip(asked.tolist(), reports, strict=True)), bad_rows)
+
+
+def sample(logits: Tensor, step: StepInput) -> Sampling:
     """Choose a token for each sampling request; none can spoil it for another.
 
     Args:
@@ -73,19 +121,13 @@ def sample(logits: Tensor, step: StepInput) -> Sampled:
         u = uniforms(sampling["seed"], (step.context_lens + step.query_lens)[step.sample_requests])
     kernel = sampling_for(logits)
     token_ids = (draw if kernel is None else kernel.draw)(logits, **settings, u=u)
-    # Together, as each copy from a GPU waits for it.
-    chosen, bad = torch.stack((token_ids, is_bad.to(token_ids.dtype))).cpu().numpy().astype(np.int32)
-    bad_rows = np.flatnonzero(bad)
-
-    if not len(asked):
-        return Sampled(chosen, {}, bad_rows)
-    reports = token_logprobs(raw_logprobs, chosen[asked].tolist(), sampling["num_logprobs"][asked].tolist())
-    return Sampled(chosen, dict(zip(asked.tolist(), reports, strict=True)), bad_rows)
+    num_logprobs = sampling["num_logprobs"][asked].tolist()
+    return Sampling(token_ids, is_bad, raw_logprobs=raw_logprobs, asked=asked, num_logprobs=num_logprobs)
 
 
 def _add_bias(logits: Tensor, bias: LogitBias) -> None:
     where = (_tensor(bias.rows, logits), _tensor(bias.token_ids, logits))
-    logits.index_put_(where, torch.tensor(bias.values, device=logits.device), accumulate=True)
+    logits.index_put_(where, _tensor(bias.values, logits), accumulate=True)
 
 
 def _penalise(logits: Tensor, sampling: _Sampling, histories: tuple[TokenHistory, ...]) -> None:
@@ -225,4 +267,4 @@ def _tensor(array: npt.NDArray[np.generic], like: Tensor) -> Tensor:
     """Copy an array to the device of a tensor; numpy's types stay, but indices must be int64."""
     if array.dtype == np.int32:
         array = array.astype(np.int64)
-    return torch.tensor(array, device=like.device)
+    return on_device(torch.tensor(array), like.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from rayserve_sarathi.errors import PipelineFaultError, WireError
 from rayserve_sarathi.execution.activations import ActivationPath, InMessage, pack, unpack
 from rayserve_sarathi.execution.sockets import Address, Connection, Listener, connect
-from rayserve_sarathi.execution.stage import StageMessage
+from rayserve_sarathi.execution.stage import LaunchedStep, StageMessage
 from rayserve_sarathi.execution.wire import Frame, Message, encode
 from rayserve_sarathi.step import StepFault, StepInput, StepOutput
 
@@ -31,7 +31,7 @@ class Executor(Protocol):
     def index(self) -> int:
         """Which stage, from 0."""
 
-    def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+    def launch(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput | LaunchedStep:
         """See `Stage`."""
 
 
@@ -103,7 +103,7 @@ class SocketStage:
         self._listener = Listener(host, secret=secret)
         self._downstream: Connection | None = None
         self._arrived: SimpleQueue[_Arrival | None] = SimpleQueue()
-        self._computed: SimpleQueue[Frame | None] = SimpleQueue()
+        self._computed: SimpleQueue[Frame | LaunchedStep | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._connections: list[Connection] = []
         self._is_running = False
@@ -225,9 +225,12 @@ class SocketStage:
                 logger.error("%s: %s", self._name, problem)
                 fault = StepFault(message=f"{self._name}: {problem}", stage=self._stage.index, is_stage_broken=True)
                 message = replace(message, hidden=None, fault=fault)
-            output = self._stage.execute(message, receive_s)
-            if self._downstream is not None:
-                self._computed.put(self._make_frame(output))
+            output = self._stage.launch(message, receive_s)
+            if self._downstream is None:  # a rank whose tokens another one has
+                if isinstance(output, LaunchedStep):
+                    output.wait()
+            else:
+                self._computed.put(output if isinstance(output, LaunchedStep) else self._make_frame(output))
 
     def _make_frame(self, output: StageMessage | StepOutput) -> Frame:
         if not isinstance(output, StepOutput):
@@ -243,8 +246,10 @@ class SocketStage:
     def _send(self, downstream: Connection) -> None:
         """Send what is computed, while the next step is."""
         try:
-            while (frame := self._computed.get()) is not None:
-                downstream.send(frame)
+            while (computed := self._computed.get()) is not None:
+                if isinstance(computed, LaunchedStep):
+                    computed = self._make_frame(computed.wait())
+                downstream.send(computed)
         except OSError as error:
             if not self._is_closed:
                 logger.warning("%s: lost the connection to %s: %s", self._name, downstream.peer, error)

@@ -1,10 +1,13 @@
 """One stage at work, or a rank of it: what it holds, what it receives, and what it makes of a step."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError
 from rayserve_sarathi.execution.cuda_graphs import StepLimits
 from rayserve_sarathi.execution.kv_cache import fit_num_blocks
-from rayserve_sarathi.execution.model_runner import ModelRunner
+from rayserve_sarathi.execution.model_runner import ModelRunner, PendingOutput
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.parallel import SINGLE_RANK, TensorParallel
@@ -38,6 +41,16 @@ class StageMessage:
     hidden: torch.Tensor | None = None
     timings: tuple[StageTiming, ...] = ()
     fault: StepFault | None = None
+
+
+class LaunchedStep(NamedTuple):
+    """A step of the last stage that a GPU may still be at.
+
+    Args:
+        wait: Returns what comes of it; one thread, which may be another one, calls it for one step after another.
+    """
+
+    wait: Callable[[], StepOutput]
 
 
 class Stage:
@@ -72,6 +85,7 @@ class Stage:
         self._on_leave = on_leave
         self._decoder: Decoder | None = None
         self._runner: ModelRunner | None = None
+        self._last_end_s = -math.inf
 
     @property
     def index(self) -> int:
@@ -120,6 +134,13 @@ class Stage:
         return self.execute(StageMessage(step=step))
 
     def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+        """Do what `launch` does, and wait for what comes of it."""
+        launched = self.launch(message, receive_s)
+        return launched.wait() if isinstance(launched, LaunchedStep) else launched
+
+    def launch(
+        self, message: StageMessage, receive_s: float | None = None
+    ) -> "StageMessage | StepOutput | LaunchedStep":
         """Compute this stage's part of a step; an exception becomes the fault of this step.
 
         It is the fault of no other step, but where ranks share the stage: the others may wait for what this one did
@@ -129,13 +150,16 @@ class Stage:
         Args:
             message: The step, and what the stages before made of it.
             receive_s: When the message had arrived; None if it has just arrived.
+
+        Returns:
+            What to send on; of the last stage on a GPU, what to wait for, as the next step can be launched meanwhile.
         """
         runner = self._runner
         assert runner is not None, "start comes before the first step"
         receive_s = time.monotonic() if receive_s is None else receive_s
         step, fault = message.step, message.fault
         hidden: torch.Tensor | None = None
-        output: StepOutput | None = None
+        pending: PendingOutput | None = None
         start_s = time.monotonic()
         if fault is None:
             has_peers_waiting = self._tp.tp_size > 1
@@ -144,29 +168,50 @@ class Stage:
                 if runner.is_last:
                     logits = runner.logits(step, hidden)
                     has_peers_waiting = False
-                    output = runner.sample(step, logits)
+                    pending = runner.sample(step, logits)
             except Exception as exception:  # the outermost frame of a stage: whatever it is, it fails this step alone
-                # After an error of the device, such as an illegal access, CUDA fails whatever this process calls.
-                is_device_lost = isinstance(exception, torch.AcceleratorError)
-                fault = self._make_fault(step, exception, is_stage_broken=has_peers_waiting or is_device_lost)
+                fault = self._make_fault(step, exception, is_stage_broken=has_peers_waiting)
+        if runner.is_last:
+            finish = partial(self._finish, message, pending, fault, receive_s=receive_s, start_s=start_s)
+            return LaunchedStep(finish) if runner.is_on_gpu else finish()
+        self._leave_others(fault)
+        return StageMessage(step=step, hidden=hidden, timings=self._time(message, receive_s, start_s), fault=fault)
+
+    def _finish(
+        self,
+        message: StageMessage,
+        pending: PendingOutput | None,
+        fault: StepFault | None,
+        *,
+        receive_s: float,
+        start_s: float,
+    ) -> StepOutput:
+        step = message.step
+        output = StepOutput(step_id=step.step_id, epoch=step.epoch, token_ids=np.empty(0, dtype=np.int32))
+        if pending is not None:
+            try:
+                output = pending.wait()
+            except Exception as exception:  # as in `launch`: what a GPU cannot do, it tells when it is waited for
+                fault = self._make_fault(step, exception, is_stage_broken=False)
+        self._leave_others(fault)
+        return replace(output, fault=fault, timings=self._time(message, receive_s, start_s))
+
+    def _leave_others(self, fault: StepFault | None) -> None:
         if fault is not None and fault.is_stage_broken and self._tp.tp_size > 1:
             self._tp.close()
             if self._on_leave is not None:
                 self._on_leave()
-        timings = (
-            *message.timings,
-            StageTiming(stage=self._index, receive_s=receive_s, start_s=start_s, end_s=time.monotonic()),
-        )
-        if not runner.is_last:
-            return StageMessage(step=step, hidden=hidden, timings=timings, fault=fault)
-        if output is None:
-            output = StepOutput(
-                step_id=step.step_id, epoch=step.epoch, token_ids=np.empty(0, dtype=np.int32), fault=fault
-            )
-        return replace(output, timings=timings)
+
+    def _time(self, message: StageMessage, receive_s: float, start_s: float) -> tuple[StageTiming, ...]:
+        """Return the timings of a step that ends now; one launched behind another began when that one ended."""
+        start_s, self._last_end_s = max(start_s, self._last_end_s), time.monotonic()
+        timing = StageTiming(stage=self._index, receive_s=receive_s, start_s=start_s, end_s=self._last_end_s)
+        return (*message.timings, timing)
 
     def _make_fault(self, step: StepInput, exception: Exception, *, is_stage_broken: bool) -> StepFault:
         """Log an exception; return what the scheduler is told."""
+        # After an error of the device, such as an illegal access, CUDA fails whatever this process calls.
+        is_stage_broken = is_stage_broken or isinstance(exception, torch.AcceleratorError)
         rank = f"stage {self._index}, rank {self._tp.tp_rank}"
         logger.error("%s failed in step %d of requests %s", rank, step.step_id, step.request_ids, exc_info=exception)
         if isinstance(exception, EngineDeadError):

@@ -138,7 +138,7 @@ class StageClock:
 
     def _run(self, step: StepInput) -> None:
         hidden = self._runner.forward(step, None)
-        self._runner.sample(step, self._runner.logits(step, hidden))
+        self._runner.sample(step, self._runner.logits(step, hidden)).wait()
 
     def _time(self, step: StepInput) -> ClockTimes:
         assert self._backend is not None, "the decoder has asked for it"
@@ -149,7 +149,7 @@ class StageClock:
             embed_s, _ = self._timed(lambda: self._decoder.embed(model_input.token_ids))
         # Waiting for the device around each attention would lengthen the rest, so the whole is timed by itself.
         forward_s, hidden = self._timed(lambda: self._runner.forward(step, None))
-        sample_s, _ = self._timed(lambda: self._runner.sample(step, self._runner.logits(step, hidden)))
+        sample_s, _ = self._timed(lambda: self._runner.sample(step, self._runner.logits(step, hidden)).wait())
         self._backend.is_timing = True
         self._backend.seconds = 0.0
         self._runner.forward(step, None)

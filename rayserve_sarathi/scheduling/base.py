@@ -32,6 +32,12 @@ from rayserve_sarathi.step_shape import StepTimeModel
 
 _new_tuple = tuple.__new__
 
+AHEAD_OF_STEP_S = 0.02
+"""While steps are shorter than this, the next one is scheduled while one runs. After a longer one a part of a
+millisecond on the host does not matter, but to a request that arrives meanwhile it would that the next step is made up
+already."""
+_STEP_TIME_RATE = 0.2
+
 _MIN_SHARED_LATER = 32
 """Requests whose newest full block a step names at least; at most twice the average of its decodes."""
 
@@ -53,6 +59,8 @@ class Scheduler(ABC):
         epoch: Generation of the pipeline that the steps are for.
         slo: The target for the time between tokens.
         prior: What steps take, as far as that is known, for `token_budget: auto` to begin with.
+        is_async: Whether the step after a short one is made up while that one runs, beyond `max_steps_in_flight`, of
+            tokens that are not known yet. For a pipeline of one stage, which has nothing to do meanwhile.
     """
 
     def __init__(
@@ -67,7 +75,9 @@ class Scheduler(ABC):
         epoch: int = 0,
         slo: SloConfig | None = None,
         prior: StepTimeModel | None = None,
+        is_async: bool = False,
     ) -> None:
+        assert not is_async or max_steps_in_flight == num_decode_groups == 1, "stages that wait have other steps"
         num_slots = block_manager.num_blocks * block_manager.block_size
         assert num_slots >= max_model_len, f"{num_slots} KV slots cannot hold a request of {max_model_len} tokens"
         self.config = config
@@ -77,6 +87,9 @@ class Scheduler(ABC):
         self._vocab_size = vocab_size
         self._max_steps_in_flight = max_steps_in_flight
         self._num_decode_groups = num_decode_groups
+        self._is_async = is_async
+        self._step_s = math.inf  # of the last steps, on average; not known before the first
+        self._last_update_s = -math.inf
         self.epoch = epoch
         """Generation of the pipeline that steps are for."""
         self._requests: dict[str, Request] = {}
@@ -151,7 +164,12 @@ class Scheduler(ABC):
         if plan is None:
             return None
         step = build_step_input(
-            plan.decodes, plan.prefills, plan.sampled_prefills, step_id=plan.step_id, epoch=self.epoch
+            plan.decodes,
+            plan.prefills,
+            plan.sampled_prefills,
+            step_id=plan.step_id,
+            epoch=self.epoch,
+            before=self._newest_samplers() if self._is_async else (),
         )
         self._launch(plan)
         return step
@@ -165,6 +183,9 @@ class Scheduler(ABC):
         oldest = (next(iter(self._in_flight), None), self.epoch)
         assert (step_id, epoch) == oldest, f"step {step_id} of epoch {epoch} came back, but the oldest is {oldest}"
         step = self._in_flight.pop(step_id)
+        step_s = now_s - max(step.launched_s, self._last_update_s)
+        self._step_s = step_s if self._step_s == math.inf else self._step_s + _STEP_TIME_RATE * (step_s - self._step_s)
+        self._last_update_s = now_s
         num_decodes = len(step.decodes)
         if self._pace is not None:
             self._pace.land(step.decodes, step.prefills, step.sampled_prefills, step_output, self.metrics, now_s)
@@ -365,6 +386,8 @@ class Scheduler(ABC):
         Both oldest first. A request decodes if it lacks nothing but the token it generated last, and is not in flight;
         it is in prefill if it lacks more, some of which is not in flight.
 
+        Where steps are scheduled ahead, a request whose next token is on its way decodes it, unless it is the last one.
+
         If no block is free for a decode, the newest running request that is not in flight is preempted, which may be
         itself; but while steps are in flight, which may free blocks, none preempts itself. With several decode groups,
         the newest decodes wait for the next step; while as many steps with decodes are in flight as there are groups,
@@ -376,14 +399,24 @@ class Scheduler(ABC):
         block_size = self._blocks.block_size
         # One more group would be one more step until each decode's turn comes again.
         can_decode = sum(bool(step.decodes) for step in self._in_flight.values()) < self._num_decode_groups
+        can_go_ahead = is_ahead = self._is_async and bool(self._in_flight)
         for request in tuple(self.running):
             num_tokens = len(request.token_ids)
             num_left = num_tokens - request.num_computed_tokens
-            if num_left == 1 and num_tokens > request.num_prompt_tokens:
+            if is_ahead and request.num_in_flight_tokens == num_left:
+                if can_go_ahead and num_tokens + 1 < request.max_num_tokens:
+                    num_decoding += 1
+                    # The first that lacks a block is the next to get one: no newer one may hold its own meanwhile.
+                    can_go_ahead = len(request.block_table) * block_size > num_tokens or self._grow(
+                        request, num_tokens + 1
+                    )
+                    if can_go_ahead:
+                        decodes.append(request)
+            elif num_left == 1 and num_tokens > request.num_prompt_tokens:
                 num_decoding += 1
-                if request.num_in_flight_tokens or not can_decode:
+                if request.num_in_flight_tokens or not (can_decode or is_ahead):
                     continue
-                if len(request.block_table) * block_size >= num_tokens or self._grow(request):
+                if len(request.block_table) * block_size >= num_tokens or self._grow(request, num_tokens):
                     decodes.append(request)
                 elif self._pace is not None and request.block_table:
                     self._pace.interrupt(request, "kv_wait")
@@ -494,7 +527,8 @@ class Scheduler(ABC):
         return share
 
     def _plan(self, now_s: float) -> StepPlan | None:
-        if len(self._in_flight) >= self._max_steps_in_flight:
+        is_ahead = self._is_async and self._step_s < AHEAD_OF_STEP_S
+        if len(self._in_flight) >= self._max_steps_in_flight + is_ahead:
             return None
         self._just_preempted = False
         self._now_s = now_s
@@ -509,13 +543,18 @@ class Scheduler(ABC):
             for request, num_new in prefills.items()
             if request.num_scheduled_tokens + num_new == request.num_tokens
         ]
-        return StepPlan(self._num_steps, decodes, prefills, sampled_prefills)
+        return StepPlan(self._num_steps, decodes, prefills, sampled_prefills, now_s)
+
+    def _newest_samplers(self) -> list[Request]:
+        """Return the requests that get a token from the newest step in flight, in its order."""
+        step = next(reversed(self._in_flight.values()), None)
+        return [] if step is None else [*step.decodes, *step.sampled_prefills]
 
     def _launch(self, plan: StepPlan) -> None:
         if self._pace is not None:
             self._pace.submit(plan.decodes, plan.prefills, self._now_s)
         for request in plan.decodes:
-            request.num_in_flight_tokens = 1
+            request.num_in_flight_tokens += 1
         for request, num_new in plan.prefills.items():
             request.num_in_flight_tokens += num_new
         self._in_flight[plan.step_id] = plan
@@ -531,8 +570,9 @@ class Scheduler(ABC):
                 gaps.observe_repeated(end_s - before_s, len(decodes))
         self.metrics.num_generation_tokens += len(decodes) * len(ends_s)
 
-    def _grow(self, request: Request) -> bool:
-        while not self._blocks.grow(request, request.num_tokens):
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        """Return whether a request has blocks for so many tokens now."""
+        while not self._blocks.grow(request, num_tokens):
             victim = self._newest_idle()
             if victim is None or victim.order < request.order:
                 return False
@@ -570,14 +610,13 @@ class Scheduler(ABC):
         gaps_s: list[float] = []
         block_size = self._blocks.block_size
         for request, token_id in zip(decodes, token_ids, strict=False):
-            request.num_in_flight_tokens = 0
-            if request.is_aborted:
-                self._blocks.free(request)
-                continue
             last_token_s = request.last_token_s
             if last_token_s is None:  # resubmitted with the tokens of an earlier scheduler
-                request.num_in_flight_tokens = 1
                 outputs += self._update_prefills({request: 1}, {request: token_id}, now_s)
+                continue
+            request.num_in_flight_tokens -= 1
+            if request.is_aborted:
+                self._free_aborted(request)
                 continue
             gaps_s.append(now_s - last_token_s)
             request.last_token_s = now_s

@@ -27,8 +27,11 @@ def build_scheduler(
     num_stages: int,
     slo: SloConfig | None = None,
     prior: StepTimeModel | None = None,
+    is_async: bool = False,
 ) -> Scheduler:
     """Build the scheduler of a pipeline of `num_stages`, each with `num_blocks` KV blocks.
+
+    With several stages `is_async` changes nothing: they never wait for the scheduler.
 
     Raises:
         ConfigError: There is no such policy.
@@ -48,5 +51,6 @@ def build_scheduler(
         num_decode_groups=num_stages,
         slo=slo,
         prior=prior,
+        is_async=is_async and num_stages == 1,
     )
     return scheduler

@@ -65,10 +65,13 @@ class StepForecast:
         self._last_back_s = -math.inf
         self._recent_s: deque[float] = deque(maxlen=max(2 * num_stages, 1))
 
+    def free_s(self, now_s: float) -> float:
+        """Return when the newest step in flight is expected back; now, if none is."""
+        return max(self._in_flight[-1].back_s, now_s) if self._in_flight else now_s
+
     def longest_period_s(self, now_s: float, *, deadline_s: float) -> float:
         """Return how long the next step may keep its slowest stage so that it is back in time; 0 or less if never."""
-        free_s = max(self._in_flight[-1].back_s, now_s) if self._in_flight else now_s
-        return min(deadline_s - free_s, (deadline_s - now_s) / self.num_stages) / self.margin
+        return min(deadline_s - self.free_s(now_s), (deadline_s - now_s) / self.num_stages) / self.margin
 
     @property
     def is_settled(self) -> bool:
@@ -91,8 +94,7 @@ class StepForecast:
         period_s = self.step_time.predict_s(load)
         # Nearly: the contexts of the chunks are counted in.
         decodes_s = self.step_time.predict_s(StepLoad(num_decodes, num_decodes, load.context_tokens, 0.0))
-        free_s = max(self._in_flight[-1].back_s, now_s) if self._in_flight else now_s
-        back_s = max(free_s, now_s + (self.num_stages - 1) * period_s) + period_s
+        back_s = max(self.free_s(now_s), now_s + (self.num_stages - 1) * period_s) + period_s
         self._recent_s.append(period_s)
         self._in_flight.append(ExpectedStep(load, decodes_s, period_s, now_s, back_s - now_s, back_s))
 

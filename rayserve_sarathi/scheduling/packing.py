@@ -6,6 +6,8 @@ so the cost per request and step is a few list appends.
 
 import math
 from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from rayserve_sarathi.step import (
     SAMPLING_DTYPE,
     Float32Array,
     LogitBias,
+    PendingTokens,
     PromptLogprobsQuery,
     StepInput,
     TokenHistory,
@@ -34,19 +37,21 @@ def build_step_input(
     *,
     step_id: int,
     epoch: int,
+    before: Sequence[Request] = (),
 ) -> StepInput:
     """Return the step's message.
 
     Args:
-        decodes: Requests that compute the token they generated last.
+        decodes: Requests that compute the token they generated last, or will by then: those in flight.
         prefills: Chunks that follow each request's `num_scheduled_tokens`, single tokens first.
         sampled_prefills: Those of `prefills` whose chunk ends their known tokens, in the same order.
         step_id: Number of the step.
         epoch: Generation of the pipeline.
+        before: Requests that sample a token in the step before, in order; only looked at if `decodes` are in it.
     """
     num_decodes = len(decodes)
     requests = [*decodes, *prefills]
-    context_lens = [request.num_computed_tokens for request in decodes]
+    context_lens = [request.num_computed_tokens + request.num_in_flight_tokens for request in decodes]
     context_lens += [request.num_scheduled_tokens for request in prefills]
     token_ids = array("i", [request.token_ids[-1] for request in decodes])
     for (request, num_new), start in zip(prefills.items(), context_lens[num_decodes:], strict=True):
@@ -61,7 +66,7 @@ def build_step_input(
     query_lens = [1] * num_decodes + list(prefills.values())
     row_of = {index: row for row, index in enumerate(sample_requests)} if extras else {}
     histories, logit_bias, prompt_logprobs = _pack_extras(
-        [(requests[index], index, query_lens[index], row_of.get(index)) for index in extras]
+        [_Extra(requests[index], index, query_lens[index], row_of.get(index), index < num_decodes) for index in extras]
     )
     return StepInput(
         step_id=step_id,
@@ -75,32 +80,56 @@ def build_step_input(
         num_blocks=np.array(list(map(len, tables)), dtype=np.int32),
         sample_requests=np.array(sample_requests, dtype=np.int32),
         sampling=np.frombuffer(bytearray().join(rows), dtype=SAMPLING_DTYPE),
+        pending=_pending_tokens(decodes, before),
         histories=histories,
         logit_bias=logit_bias,
         prompt_logprobs=prompt_logprobs,
     )
 
 
+def _pending_tokens(decodes: list[Request], before: Sequence[Request]) -> PendingTokens | None:
+    positions = [index for index, request in enumerate(decodes) if request.num_in_flight_tokens]
+    if not positions:
+        return None
+    sample_of = {request: sample for sample, request in enumerate(before)}
+    return PendingTokens(
+        positions=np.array(positions, dtype=np.int32),
+        samples=np.array([sample_of[decodes[index]] for index in positions], dtype=np.int32),
+    )
+
+
+class _Extra(NamedTuple):
+    request: Request
+    number: int
+    """Which of the requests."""
+    query_len: int
+    row: int | None
+    """Which of the sampling requests, if it samples."""
+    is_decode: bool
+
+
 def _pack_extras(
-    entries: list[tuple[Request, int, int, int | None]],
+    entries: list[_Extra],
 ) -> tuple[tuple[TokenHistory, ...], LogitBias | None, tuple[PromptLogprobsQuery, ...]]:
     histories: list[TokenHistory] = []
     biases: list[tuple[int, int, float]] = []
     queries: list[PromptLogprobsQuery] = []
-    for request, index, query_len, row in entries:
+    for request, number, query_len, row, is_decode in entries:
         sampling = request.sampling
+        is_pending = is_decode and request.num_in_flight_tokens > 0
+        num_output_tokens = request.num_output_tokens + is_pending
         if row is not None:
             if sampling.has_penalties:
                 histories.append(_history(request, row))
             biases.extend((row, token_id, bias) for token_id, bias in sampling.logit_bias)
-            if request.num_output_tokens < sampling.min_tokens:
+            if num_output_tokens < sampling.min_tokens:
                 biases.extend((row, token_id, -math.inf) for token_id in request.stop_token_ids)
-        if sampling.prompt_logprobs is not None and request.num_output_tokens == 0:
+        if sampling.prompt_logprobs is not None and num_output_tokens == 0:
             start = request.num_scheduled_tokens + 1
             targets = request.token_ids[start : min(start + query_len, request.num_prompt_tokens)]
             queries.append(
                 PromptLogprobsQuery(
-                    request=index,
+                    request=number,
                     num_logprobs=sampling.prompt_logprobs,
                     target_token_ids=np.array(targets, dtype=np.int32),
                 )

@@ -16,12 +16,14 @@ class StepPlan:
         decodes: Requests that compute the token they generated last.
         prefills: Tokens of each of the other requests, single ones first.
         sampled_prefills: Those of `prefills` whose chunk ends their known tokens, in the same order.
+        launched_s: When it was made.
     """
 
     step_id: int
     decodes: list[Request]
     prefills: dict[Request, int]
     sampled_prefills: list[Request]
+    launched_s: float
 
     @property
     def num_tokens(self) -> int:

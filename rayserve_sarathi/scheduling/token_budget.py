@@ -111,8 +111,10 @@ class AutoBudget:
             return share_s
         alone_s = forecast.step_time.predict_s(load)
         # The earliest that can be met: a token that is late whatever the step holds is no reason to hold up prompts.
-        for deadline_s in sorted({request.last_token_s or now_s for request in decodes}):
-            longest_s = forecast.longest_period_s(now_s, deadline_s=deadline_s + tbt_s)
+        free_s = forecast.free_s(now_s)  # when those in flight, whose next token is on its way, will have it
+        lasts_s = {free_s if request.num_in_flight_tokens else request.last_token_s or now_s for request in decodes}
+        for last_s in sorted(lasts_s):
+            longest_s = forecast.longest_period_s(now_s, deadline_s=last_s + tbt_s)
             if longest_s >= alone_s:
                 return min(share_s, longest_s)
         return share_s

@@ -14,6 +14,7 @@ from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import (
     SAMPLING_DTYPE,
     LogitBias,
+    PendingTokens,
     PromptLogprobsQuery,
     StageTiming,
     StepFault,
@@ -82,6 +83,7 @@ step_inputs = st.builds(
     num_blocks=_int32_arrays,
     sample_requests=_int32_arrays,
     sampling=_sampling(),
+    pending=st.none() | st.builds(PendingTokens, positions=_int32_arrays, samples=_int32_arrays),
     histories=_tuples(_histories),
     logit_bias=st.none() | _biases,
     prompt_logprobs=_tuples(_queries),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from rayserve_sarathi.execution.model_input import put_pending
 from rayserve_sarathi.request import SamplingParams
-from rayserve_sarathi.step import PromptLogprobsQuery
+from rayserve_sarathi.step import PendingTokens, PromptLogprobsQuery, TokenHistory
 from tests.checkpoints import hf_logits, save_checkpoint
 from tests.stages import Chunk, Stages, make_step
 
@@ -20,6 +21,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     save_checkpoint(folder, "llama")
     return folder
+
+
+def history(output_token_ids: list[int], *, row: int) -> TokenHistory:
+    prompt, output = (np.array(token_ids, dtype=np.int32) for token_ids in (PROMPT, output_token_ids))
+    return TokenHistory(row=row, prompt_token_ids=prompt, output_token_ids=output)
 
 
 def generate(stages: Stages, sampling: SamplingParams, lens: list[int], num_tokens: int) -> list[int]:
@@ -35,7 +41,8 @@ def generate(stages: Stages, sampling: SamplingParams, lens: list[int], num_toke
                     context_len=done,
                     block_ids=[3, 1],
                     sampling=sampling if is_sampling else None,
-                )
+                ),
+                histories=(history(known[len(PROMPT) :], row=0),) if is_sampling and sampling.has_penalties else (),
             )
         )
         done += length
@@ -122,3 +129,58 @@ def test_what_an_earlier_request_left_in_a_block_does_not_matter(folder: Path) -
     stages.hidden(make_step(Chunk(token_ids=list(range(16)), block_ids=[5])))
 
     assert torch.equal(stages.logits(step), clean)
+
+
+def decode_ahead(stages: Stages, sampling: SamplingParams, num_tokens: int) -> list[int]:
+    """Like `generate`, each decode made up before its token is known."""
+    step = make_step(Chunk(token_ids=PROMPT, block_ids=[3, 1], sampling=sampling))
+    known = stages.run(step).token_ids.tolist()
+    for number in range(1, num_tokens):
+        step = make_step(
+            # Another request, whose token is known and means nothing, has the first row.
+            Chunk(token_ids=[1], context_len=0, block_ids=[7], sampling=GREEDY),
+            Chunk(token_ids=[0], context_len=len(PROMPT) + number - 1, block_ids=[3, 1], sampling=sampling),
+            step_id=number,
+            pending=PendingTokens(
+                positions=np.array([1], dtype=np.int32), samples=np.array([min(number - 1, 1)], dtype=np.int32)
+            ),
+            histories=(history(known[:-1], row=1),) if sampling.has_penalties else (),
+        )
+        known.append(int(stages.run(step).token_ids[1]))
+    return known
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, SamplingParams(seed=11, top_p=0.9), SamplingParams(temperature=0, frequency_penalty=2.0)],
+    ids=["greedy", "drawn", "penalised"],
+)
+def test_tokens_that_are_pending_are_those_of_the_step_before(folder: Path, sampling: SamplingParams) -> None:
+    expected = generate(Stages(folder), sampling, [len(PROMPT)], 8)
+
+    assert decode_ahead(Stages(folder), sampling, 8) == expected
+
+
+def test_after_a_step_that_failed_what_was_pending_spoils_nothing(folder: Path) -> None:
+    stages = Stages(folder)
+    pending = PendingTokens(positions=np.array([0], dtype=np.int32), samples=np.array([0], dtype=np.int32))
+    step = make_step(
+        Chunk(token_ids=[0], context_len=6, block_ids=[3, 1], sampling=GREEDY),
+        Chunk(token_ids=PROMPT, block_ids=[4, 2], sampling=GREEDY),
+        step_id=9,
+        pending=pending,
+    )
+
+    assert stages.run(step).token_ids[1] == generate(Stages(folder), GREEDY, [len(PROMPT)], 1)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_pending_tokens_are_put_where_they_belong(dtype: torch.dtype) -> None:
+    """As in the fixed tensors of a CUDA graph, and in those of a step without one."""
+    token_ids = torch.tensor([1, 2, 3, 4], dtype=dtype)
+    pending = PendingTokens(positions=np.array([0, 2], dtype=np.int32), samples=np.array([1, 0], dtype=np.int32))
+
+    put_pending(token_ids, pending, torch.tensor([50, 60]))
+    assert token_ids.tolist() == [60, 2, 50, 4]
+    put_pending(token_ids, pending, None)
+    assert token_ids.tolist() == [0, 2, 0, 4]

@@ -24,7 +24,7 @@ def step_of(*params: SamplingParams, context_len: int = CONTEXT_LEN, **fields: A
 
 def tokens(logits: torch.Tensor, step: StepInput) -> Int32Array:
     """Return what is sampled."""
-    return sample(logits, step).token_ids
+    return sample(logits, step).wait().token_ids
 
 
 def random_logits(num_rows: int, vocab_size: int = VOCAB_SIZE, scale: float = 2.0) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_greedy_takes_the_largest_logit_and_the_first_of_equals() -> None:
     logits = torch.zeros(2, VOCAB_SIZE)
     logits[0, [40, 400]] = 1.0
 
-    token_ids, logprobs, _ = sample(logits, step_of(*[SamplingParams(temperature=0)] * 2))
+    token_ids, logprobs, _ = sample(logits, step_of(*[SamplingParams(temperature=0)] * 2)).wait()
 
     assert token_ids.dtype == np.int32
     assert (token_ids.tolist(), logprobs) == ([40, 0], {})
@@ -173,7 +173,7 @@ def test_logprobs_are_those_of_the_model_before_any_change() -> None:
         rows=np.array([2], np.int32), token_ids=np.array([3], np.int32), values=np.array([100], np.float32)
     )
 
-    token_ids, logprobs, _ = sample(logits, step_of(*samplings, logit_bias=bias))
+    token_ids, logprobs, _ = sample(logits, step_of(*samplings, logit_bias=bias)).wait()
 
     assert token_ids[2] == 3
     assert logprobs.keys() == {1, 2}
@@ -191,7 +191,7 @@ def test_broken_logits_of_one_request_are_named_and_spoil_no_other(bad: float) -
     fine = tokens(logits.clone(), step_of(*[SamplingParams(seed=seed) for seed in range(3)]))
     logits[1, 5] = bad
 
-    token_ids, _, bad_rows = sample(logits, step_of(*[SamplingParams(seed=seed) for seed in range(3)]))
+    token_ids, _, bad_rows = sample(logits, step_of(*[SamplingParams(seed=seed) for seed in range(3)])).wait()
 
     assert bad_rows.tolist() == [1]
     assert token_ids[[0, 2]].tolist() == fine[[0, 2]].tolist()
@@ -205,6 +205,6 @@ def test_no_penalty_makes_logits_that_cannot_be_sampled(penalty: float) -> None:
         TokenHistory(row=row, prompt_token_ids=everything, output_token_ids=everything[:3]) for row in range(3)
     )
 
-    _, _, bad_rows = sample(random_logits(3, scale=1e37), step_of(*samplings, histories=histories))
+    _, _, bad_rows = sample(random_logits(3, scale=1e37), step_of(*samplings, histories=histories)).wait()
 
     assert not len(bad_rows)

@@ -22,7 +22,7 @@ from rayserve_sarathi.execution.inline import InlinePipeline
 from rayserve_sarathi.execution.socket_pipeline import SocketEndpoint, open_endpoint
 from rayserve_sarathi.execution.socket_stage import SocketStage
 from rayserve_sarathi.execution.sockets import Connection, Listener, connect
-from rayserve_sarathi.execution.stage import StageMessage
+from rayserve_sarathi.execution.stage import LaunchedStep, StageMessage
 from rayserve_sarathi.execution.wire import MAX_HEADER_BYTES, Message, RelayedStep, encode
 from rayserve_sarathi.request import RequestOutput, SamplingParams
 from rayserve_sarathi.step import StageTiming, StepFault, StepInput, StepOutput
@@ -109,6 +109,15 @@ async def test_a_step_that_a_stage_cannot_compute_fails_alone(checkpoint: Path):
     assert outputs[2].token_ids.shape == (1,)
 
 
+async def test_a_step_is_launched_while_the_one_before_is_waited_for():
+    stage = DeviceRelay()
+    async with wired([Relay(), stage]) as pipeline:
+        outputs = await pipeline.run([make_step(0), make_step(1)])
+
+    assert [output.step_id for output in outputs] == [0, 1]
+    assert stage.has_launched.is_set(), "the first step waits for the second one's launch"
+
+
 async def test_an_output_too_large_to_send_fails_its_step_alone():
     async with wired([Relay(), VerboseRelay()]) as pipeline:
         outputs = await pipeline.run([make_step(0), make_step(1)])
@@ -156,7 +165,7 @@ class Relay:
 
     index = 0
 
-    def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+    def launch(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
         assert receive_s is not None
         timing = StageTiming(stage=0, receive_s=receive_s, start_s=receive_s, end_s=receive_s)
         return replace(message, timings=(*message.timings, timing))
@@ -167,14 +176,27 @@ class LastRelay:
 
     index = 1
 
-    def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+    def launch(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
         return output_of(message.step, fault=message.fault)
+
+
+class DeviceRelay(LastRelay):
+    """A last stage with a device: the first step is done when the second one has been given to it."""
+
+    def __init__(self) -> None:
+        self.has_launched = threading.Event()
+
+    def launch(self, message: StageMessage, receive_s: float | None = None) -> LaunchedStep:
+        if message.step.step_id == 1:
+            self.has_launched.set()
+        output = output_of(message.step)
+        return LaunchedStep(lambda: output if self.has_launched.wait(TIMEOUT_S) else replace(output, step_id=-1))
 
 
 class VerboseRelay(LastRelay):
     """A last stage that has too much to say of the first step."""
 
-    def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+    def launch(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
         output = output_of(message.step)
         return output if output.step_id else replace(output, errors={0: "x" * MAX_HEADER_BYTES})
 
@@ -330,9 +352,9 @@ def test_who_sends_does_not_wait_for_a_stage_that_computes():
     may_compute = threading.Event()
 
     class Slow(LastRelay):
-        def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+        def launch(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
             assert may_compute.wait(TIMEOUT_S)
-            return super().execute(message, receive_s)
+            return super().launch(message, receive_s)
 
     secret = make_secret()
     stage = SocketStage(Slow(), name="stage 0", host=HOST, secret=secret, epoch=0)

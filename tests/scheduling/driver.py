@@ -14,13 +14,14 @@ class Driver:
     Steps are computed when they are submitted, as a pipeline computes them in that order, and returned in that order.
     """
 
-    def __init__(self, scheduler: Scheduler, *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, scheduler: Scheduler, *, num_blocks: int, block_size: int, step_s: float = 1.0) -> None:
         self.scheduler = scheduler
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
         self.steps: list[StepInput] = []
         self.now_s = 0.0
+        self._step_s = step_s
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._model = HashModel(num_blocks=num_blocks, block_size=block_size)
@@ -48,7 +49,7 @@ class Driver:
 
     def land(self) -> None:
         """Return the oldest step in flight."""
-        self.now_s += 1.0
+        self.now_s += self._step_s
         for output in self.scheduler.update(self._pending.popleft(), self.now_s):
             self.tokens[output.request_id] += output.token_ids
             if output.finish_reason is not None:

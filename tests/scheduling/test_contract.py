@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rayserve_sarathi.config import SloConfig
 from rayserve_sarathi.request import FinishReason, Request
 from rayserve_sarathi.scheduling import SCHEDULERS
-from rayserve_sarathi.scheduling.base import Scheduler
+from rayserve_sarathi.scheduling.base import AHEAD_OF_STEP_S, Scheduler
 from tests.factories import expected, make_request, make_scheduler
 from tests.scheduling.driver import Driver
 
@@ -17,8 +17,8 @@ HYBRID = {"sarathi", "orca", "hybrid_only"}
 """Policies that leave no decode out of a step; the others may compute prompts first."""
 BUDGETED = {"sarathi", "chunked_only"}
 """Policies that keep the token budget; the others take whole prompts."""
-TARGETS_S = (None, 0.1, 1.5, 5.0)
-"""Of `token_budget: auto`, on a clock on which every step takes 1 s."""
+TARGET_STEPS = (None, 0.1, 1.5, 5.0)
+"""Of `token_budget: auto`, in steps, which all take as long."""
 
 traffic = st.fixed_dictionaries(
     {
@@ -39,8 +39,9 @@ traffic = st.fixed_dictionaries(
         "actions": st.lists(
             st.sampled_from(["add", "submit", "submit", "land", "land", "abort", "restart"]), max_size=80
         ),
+        "is_async": st.booleans(),
         "seed": st.integers(0, 2**16),
-        "tbt_s": st.sampled_from(TARGETS_S),
+        "target_steps": st.sampled_from(TARGET_STEPS),
     }
 )
 
@@ -52,14 +53,18 @@ traffic = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_random_traffic(policy: str, is_auto: bool, case: dict):
     case = dict(case)
-    case["slo"] = SloConfig(tbt_s=case.pop("tbt_s"))
+    if case["is_async"]:
+        case |= {"max_steps_in_flight": 1, "num_decode_groups": 1}
+    step_s = 0.5 * AHEAD_OF_STEP_S if case["is_async"] else 1.0
+    target_steps = case.pop("target_steps")
+    case["slo"] = SloConfig(tbt_s=target_steps and target_steps * step_s)
     if is_auto:
         case |= {"token_budget": "auto", "max_num_batched_tokens": case["token_budget"]}
     requests, actions, seed = case.pop("requests"), case.pop("actions"), case.pop("seed")
     block_size = case["block_size"]
     num_blocks = -(-NUM_SLOTS // block_size)
     scheduler = make_scheduler(policy, num_blocks=num_blocks, max_model_len=NUM_SLOTS, **case)
-    driver = Driver(scheduler, num_blocks=num_blocks, block_size=block_size)
+    driver = Driver(scheduler, num_blocks=num_blocks, block_size=block_size, step_s=step_s)
     rng = np.random.default_rng(seed)
     prefix = rng.integers(0, 1000, 12).tolist()
     waiting = [
@@ -79,7 +84,7 @@ def test_random_traffic(policy: str, is_auto: bool, case: dict):
         if action == "add" and waiting:
             driver.add(waiting.pop())
         elif action == "submit":
-            submit_and_check(driver, policy, case["num_decode_groups"])
+            submit_and_check(driver, policy, case["num_decode_groups"], is_async=case["is_async"])
         elif action == "land" and driver.num_in_flight:
             driver.land()
         elif action == "restart":
@@ -91,7 +96,7 @@ def test_random_traffic(policy: str, is_auto: bool, case: dict):
     while waiting:
         driver.add(waiting.pop())
     while scheduler.has_unfinished_requests:
-        while submit_and_check(driver, policy, case["num_decode_groups"]):
+        while submit_and_check(driver, policy, case["num_decode_groups"], is_async=case["is_async"]):
             pass
         driver.land()
     assert len(driver.steps) < 3000
@@ -109,7 +114,7 @@ def test_random_traffic(policy: str, is_auto: bool, case: dict):
     assert metrics.num_started == sum(metrics.num_finished.values()) == len(driver.tokens)
 
 
-def submit_and_check(driver: Driver, policy: str, num_decode_groups: int) -> bool:
+def submit_and_check(driver: Driver, policy: str, num_decode_groups: int, *, is_async: bool) -> bool:
     """Submit a step and hold it against the promises; return whether there was one."""
     scheduler = driver.scheduler
     running_before = list(scheduler.running)
@@ -123,6 +128,12 @@ def submit_and_check(driver: Driver, policy: str, num_decode_groups: int) -> boo
         and not request.num_in_flight_tokens
     ]
     in_flight = {request.request_id for request in running_before if request.num_in_flight_tokens}
+    # Scheduled ahead: decodes of a token that is on its way.
+    pending = {
+        request.request_id
+        for request in running_before
+        if is_async and 0 < request.num_in_flight_tokens == request.num_tokens - request.num_computed_tokens
+    }
     could_submit = driver.num_in_flight
     step = driver.submit()
     if step is None:
@@ -133,9 +144,11 @@ def submit_and_check(driver: Driver, policy: str, num_decode_groups: int) -> boo
     decodes = {request.request_id for request in decoding} & set(chunks)
 
     if policy in BUDGETED:
-        assert step.num_tokens <= max(scheduler.config.max_token_budget, len(decodes)), "the budget is not kept"
+        num_decodes = len(decodes | (pending & set(chunks)))
+        assert step.num_tokens <= max(scheduler.config.max_token_budget, num_decodes), "the budget is not kept"
     assert len(scheduler.running) <= scheduler.config.max_num_seqs
     assert not decodes & in_flight, "a decode is in two steps in flight"
+    assert len(pending & set(chunks)) == (0 if step.pending is None else len(step.pending.positions))
     running_after = {request.request_id for request in scheduler.running}
     assert not in_flight - running_after, "a request in flight was preempted"
 

@@ -1,10 +1,12 @@
-"""Read a rank's part of the tensors of a stage from safetensors files, one at a time, or make them up.
+"""Read a rank's part of the tensors of a stage from safetensors files, some at a time, or make them up.
 
 Nothing else is ever read: `.bin` and `.pt` files are pickles, which may run code.
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Container, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from rayserve_sarathi.models.hf_config import read_json
 from rayserve_sarathi.models.parameters import Parameters, TensorPart, Weights
 from rayserve_sarathi.models.parse import QUANTIZED
 
+_NUM_READERS = 8
+"""Files read at a time: one thread copies some GB a second at best, which is less than disks in a row or a network."""
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # What GPTQ, AWQ and 8-bit checkpoints have in the place of a weight, also where config.json does not say so.
@@ -37,7 +41,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Weights:
-    """Read a stage's parameters. Beside them, one part of a checkpoint tensor is in memory at a time.
+    """Read a stage's parameters. Beside them, of some files a part of a checkpoint tensor each is in memory at a time.
 
     Args:
         file_of: The checkpoint's tensors, by `locate_tensors`.
@@ -67,9 +71,26 @@ def load_weights(
     by_file: dict[Path, list[str]] = {}
     for name in targets:
         by_file.setdefault(file_of[name], []).append(name)
-    with tqdm(total=len(targets), desc="loading weights", unit="tensor") as progress:
-        for file, names in by_file.items():
-            _read_file(file, {name: targets[name] for name in names}, progress.update)
+    with (
+        tqdm(total=len(targets), desc="loading weights", unit="tensor") as progress,
+        ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="weights") as readers,
+    ):
+        lock = threading.Lock()
+
+        def advance() -> None:
+            with lock:
+                progress.update()
+
+        reading = [
+            readers.submit(_read_file, file, {name: targets[name] for name in names}, advance)
+            for file, names in by_file.items()
+        ]
+        try:
+            for each in reading:
+                each.result()
+        except ConfigError:
+            readers.shutdown(wait=False, cancel_futures=True)
+            raise
     return weights
 
 
@@ -158,6 +179,7 @@ def _weight_files(root: Path) -> list[Path]:
     )
 
 
+@torch.inference_mode()
 def _read_file(file: Path, targets: Mapping[str, _Targets], advance: Callable[[], object]) -> None:
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -44,7 +44,9 @@ from rayserve_sarathi.bench.client import CompletionClient  # noqa: E402
 from rayserve_sarathi.bench.load import Send, Tally, run_closed_loop  # noqa: E402
 from rayserve_sarathi.bench.outcome import Outcome  # noqa: E402
 
-NUM_COMPARED = 16
+NUM_COMPARED = 32
+COMPARED_PROMPTS = (1, 7, 32, 130, 300)
+"""Their lengths, in tokens."""
 WARM_UP_S = 5.0
 
 
@@ -77,11 +79,16 @@ class Model:
         """Return the text of tokens."""
         return str(self._tokenizer.decode(token_ids))
 
-    def expect(self, prompt: Sequence[int]) -> list[int]:
-        """Return what transformers says after a prompt."""
-        model = AutoModelForCausalLM.from_pretrained(self.folder)
-        out = model.generate(torch.tensor([list(prompt)]), max_new_tokens=NUM_COMPARED, do_sample=False)
-        return [int(token_id) for token_id in out[0, len(prompt) :]]
+    def compare(self, answer: Callable[[list[int]], str]) -> str:
+        """Return how many of some prompts get the text that transformers' greedy tokens have, all tokens of each."""
+        judge = AutoModelForCausalLM.from_pretrained(self.folder)
+        num_equal = 0
+        for num_tokens in COMPARED_PROMPTS:
+            prompt = self.prompt(num_tokens)
+            out = judge.generate(torch.tensor([prompt]), max_new_tokens=NUM_COMPARED, do_sample=False)
+            expected = self.text([int(token_id) for token_id in out[0, len(prompt) :]])
+            num_equal += answer(prompt).strip() == expected.strip()
+        return f"{num_equal} of {len(COMPARED_PROMPTS)}"
 
     def num_parameters(self) -> int:
         """Return the weights that a token is multiplied with: all but the embedding."""
@@ -244,9 +251,13 @@ def measure_openvino(
         if process.stdout.readline() != "ready\n":
             log.seek(0)
             raise NotInstalledError(f"OpenVINO did not start: {log.read()[-600:]}")
-        prompt = model.prompt(32)
-        tokens = ask({"kind": "generate", "prompt": prompt, "num_tokens": NUM_COMPARED})["token_ids"]
-        figures["same_tokens"] = "yes" if tokens == model.expect(prompt) else "no"
+
+        def generate(prompt: list[int]) -> str:
+            token_ids = ask({"kind": "generate", "prompt": prompt, "num_tokens": NUM_COMPARED})["token_ids"]
+            assert isinstance(token_ids, list)
+            return model.text(token_ids)
+
+        figures["same_tokens"] = model.compare(generate)
         for workload in workloads:
             count = workload.num_requests[model.name]
             answer = ask(
@@ -282,18 +293,19 @@ def measure_openvino(
 
 
 def compare(engine: HttpEngine, model: Model) -> str:
-    """Return whether an engine's first greedy tokens are transformers'."""
-    prompt = model.prompt(32)
+    """Return how many prompts get an engine's greedy tokens as transformers would have them."""
     with serving(engine, model.name, is_interfered=False) as endpoint:
-        head = model.text(prompt) if endpoint.takes_text else prompt
-        body = {"model": endpoint.model, "prompt": head, "max_tokens": NUM_COMPARED, "temperature": 0}
 
-        request = urllib.request.Request(
-            f"{endpoint.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            text = json.load(response)["choices"][0]["text"]
-    return "yes" if text.strip() == model.text(model.expect(prompt)).strip() else "no"
+        def complete(prompt: list[int]) -> str:
+            head = model.text(prompt) if endpoint.takes_text else prompt
+            body = {"model": endpoint.model, "prompt": head, "max_tokens": NUM_COMPARED, "temperature": 0}
+            request = urllib.request.Request(
+                f"{endpoint.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return str(json.load(response)["choices"][0]["text"])
+
+        return model.compare(complete)
 
 
 def limit_of(workload: Workload, model: Model, limits: Limits) -> float:

@@ -171,10 +171,10 @@ class Stage:
                     pending = runner.sample(step, logits)
             except Exception as exception:  # the outermost frame of a stage: whatever it is, it fails this step alone
                 fault = self._make_fault(step, exception, is_stage_broken=has_peers_waiting)
+        self._leave_others(fault)
         if runner.is_last:
             finish = partial(self._finish, message, pending, fault, receive_s=receive_s, start_s=start_s)
             return LaunchedStep(finish) if runner.is_on_gpu else finish()
-        self._leave_others(fault)
         return StageMessage(step=step, hidden=hidden, timings=self._time(message, receive_s, start_s), fault=fault)
 
     def _finish(
@@ -193,7 +193,7 @@ class Stage:
                 output = pending.wait()
             except Exception as exception:  # as in `launch`: what a GPU cannot do, it tells when it is waited for
                 fault = self._make_fault(step, exception, is_stage_broken=False)
-        self._leave_others(fault)
+                self._leave_others(fault)
         return replace(output, fault=fault, timings=self._time(message, receive_s, start_s))
 
     def _leave_others(self, fault: StepFault | None) -> None:

@@ -1,4 +1,4 @@
-"""The figures of a simulation, as nested numbers for JSON and as a table."""
+"""The figures of a simulation, as nested numbers for JSON and as a table; its requests as Parquet."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rayserve_sarathi.errors import ConfigError
+from rayserve_sarathi.registry import import_object
 from rayserve_sarathi.simulation.gaps import Gaps
 from rayserve_sarathi.simulation.result import SimulationResult
 from rayserve_sarathi.simulation.workload import Float64Array
@@ -34,6 +35,31 @@ def write_json(path: Path, figures: Mapping[str, object]) -> None:
         path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the figures to {path}: {error.strerror or error}") from error
+
+
+def write_parquet(path: Path, result: SimulationResult) -> None:
+    """Write a row for each request, in order of arrival: when it came, what it waited for, and its tokens.
+
+    Raises:
+        ConfigError: It cannot be written, or pyarrow is not installed.
+    """
+    try:
+        make_table, write = import_object("pyarrow:table"), import_object("pyarrow.parquet:write_table")
+    except ImportError as error:
+        raise ConfigError("--parquet needs pyarrow; pip install 'rayserve_sarathi[parquet]'") from error
+    columns = {
+        "arrival_s": result.arrivals_s,
+        "scheduling_delay_s": result.scheduling_delay_s,
+        "ttft_s": result.ttft_s,
+        "latency_s": result.latency_s,
+        "num_prompt_tokens": result.num_prompt_tokens,
+        "num_output_tokens": result.num_output_tokens,
+        "num_preemptions": result.num_preemptions,
+    }
+    try:
+        write(make_table(columns), path)
+    except OSError as error:
+        raise ConfigError(f"cannot write the requests to {path}: {error.strerror or error}") from error
 
 
 def summarise(result: SimulationResult) -> Figures:

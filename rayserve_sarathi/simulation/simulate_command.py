@@ -13,7 +13,7 @@ from rayserve_sarathi.simulation.options import (
     parse_system,
     parse_workload,
 )
-from rayserve_sarathi.simulation.report import render_table, summarise, write_json
+from rayserve_sarathi.simulation.report import render_table, summarise, write_json, write_parquet
 
 if TYPE_CHECKING:
     from rayserve_sarathi.simulation.system import SimulatedSystem
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_arguments(parser)
     parser.add_argument("--rate", type=float, help="requests a second; 1, or as they were recorded, if left out")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file as well")
+    parser.add_argument("--parquet", type=Path, metavar="PATH", help="write a row for each request to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,4 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         figures = {"rate": workload.rate, "num_blocks": system.num_blocks, **summarise(result)}
         write_json(arguments.json, figures)
+    if arguments.parquet is not None:
+        write_parquet(arguments.parquet, result)
     return 0

@@ -1,12 +1,16 @@
 """The figures of a run say what happened in it."""
 
 import json
+import sys
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from rayserve_sarathi.config import SchedulerConfig
+from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.simulation.criteria import Criteria
-from rayserve_sarathi.simulation.report import render_table, summarise
+from rayserve_sarathi.simulation.report import render_table, summarise, write_parquet
 from rayserve_sarathi.simulation.simulator import make_simulated_scheduler, simulate
 from rayserve_sarathi.simulation.virtual_pipeline import ModelledPipeline
 from tests.simulation.models import LinearTimes, make_workload_of
@@ -44,6 +48,34 @@ def test_the_table_has_the_same_figures():
     assert "2 requests in 5.0 s: 0.400 requests/s, 2 output tokens/s" in table
     assert "5 steps of 7 tokens; 0 preemptions; stages idle with a step in flight: 0.0%" in table
     assert "given up" not in table
+
+
+def test_a_parquet_file_has_a_row_for_each_request(tmp_path: Path):
+    write_parquet(tmp_path / "requests.parquet", run((0.0, 10, 5), (0.5, 20, 3)))
+
+    rows = pyarrow.parquet.read_table(tmp_path / "requests.parquet").to_pylist()
+    assert rows[1] == {
+        "arrival_s": 0.5,
+        "scheduling_delay_s": 0.5,
+        "ttft_s": 1.5,
+        "latency_s": 3.5,
+        "num_prompt_tokens": 20,
+        "num_output_tokens": 3,
+        "num_preemptions": 0,
+    }
+    assert len(rows) == 2
+
+
+def test_where_it_cannot_be_written_is_said(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"cannot write the requests to .*nowhere"):
+        write_parquet(tmp_path / "nowhere" / "requests.parquet", run((0.0, 10, 5)))
+
+
+def test_without_pyarrow_a_parquet_file_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+
+    with pytest.raises(ConfigError, match=r"pip install 'rayserve_sarathi\[parquet\]'"):
+        write_parquet(tmp_path / "requests.parquet", run((0.0, 10, 5)))
 
 
 def test_a_run_that_was_given_up_says_so():

@@ -11,7 +11,7 @@ from rayserve_sarathi import LLM, SamplingParams
 from rayserve_sarathi.errors import ConfigError, ContextLengthError, InvalidRequestError
 from rayserve_sarathi.execution.model_runner import ModelRunner
 from rayserve_sarathi.request import FinishReason
-from rayserve_sarathi.scheduling import base
+from rayserve_sarathi.scheduling import ahead
 from rayserve_sarathi.step import StepInput
 from tests.servable import Reference, save_servable
 
@@ -100,7 +100,7 @@ def test_steps_scheduled_ahead_change_nothing(
     checkpoint: Path, is_on_gpu: bool, settings: dict, monkeypatch: pytest.MonkeyPatch
 ):
     """With penalties, stops, least and most tokens, log-probabilities."""
-    monkeypatch.setattr(base, "AHEAD_OF_STEP_S", math.inf)  # however slow this machine is
+    monkeypatch.setattr(ahead, "AHEAD_OF_STEP_S", math.inf)  # however slow this machine is
     sampling = [VARIED[index % len(VARIED)] for index in range(len(PROMPTS))]
     with LLM(str(checkpoint), async_scheduling=False, **settings) as llm:
         one_by_one = llm.generate(PROMPTS, sampling)
@@ -108,12 +108,12 @@ def test_steps_scheduled_ahead_change_nothing(
     monkeypatch.setattr(ModelRunner, "is_on_gpu", is_on_gpu)
     pending = count_pending(monkeypatch)
     with LLM(str(checkpoint), **settings) as llm:
-        ahead = llm.generate(PROMPTS, sampling)
+        in_advance = llm.generate(PROMPTS, sampling)
 
     assert sum(pending) > 50
-    assert [each.token_ids for each in ahead] == [each.token_ids for each in one_by_one]
-    assert [each.finish_reason for each in ahead] == [each.finish_reason for each in one_by_one]
-    for one, other in zip(ahead, one_by_one, strict=True):
+    assert [each.token_ids for each in in_advance] == [each.token_ids for each in one_by_one]
+    assert [each.finish_reason for each in in_advance] == [each.finish_reason for each in one_by_one]
+    for one, other in zip(in_advance, one_by_one, strict=True):
         for mine, theirs in zip(one.logprobs or (), other.logprobs or (), strict=True):
             assert mine.token_id == theirs.token_id
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)

@@ -28,76 +28,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-_HERE = Path(__file__).resolve().parent
-sys.path.append(str(_HERE.parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import SIZES, make_checkpoint  # noqa: E402  where they are is set above
-from cpu_kernels import measure_limits  # noqa: E402
-from engines import ENGINES, MODELS, Endpoint, HttpEngine, NotInstalledError, openvino_command, serving  # noqa: E402
-from limits import Limits  # noqa: E402
-from report import Figure, write_report  # noqa: E402
-from workloads import WORKLOADS, Interference, Workload  # noqa: E402
+from checkpoint import SIZES
+from cpu_kernels import measure_limits
+from engines import ENGINES, Endpoint, HttpEngine, NotInstalledError, openvino_command, serving
+from limits import Limits
+from model import NUM_COMPARED, Model
+from report import Figure, write_report
+from workloads import WORKLOADS, Interference, Workload
 
-from rayserve_sarathi.bench.client import CompletionClient  # noqa: E402
-from rayserve_sarathi.bench.load import Send, Tally, run_closed_loop  # noqa: E402
-from rayserve_sarathi.bench.outcome import Outcome  # noqa: E402
+from rayserve_sarathi.bench.client import CompletionClient
+from rayserve_sarathi.bench.load import Send, Tally, run_closed_loop
+from rayserve_sarathi.bench.outcome import Outcome
 
-NUM_COMPARED = 32
-COMPARED_PROMPTS = (1, 7, 32, 130, 300)
-"""Their lengths, in tokens."""
 WARM_UP_S = 5.0
-
-
-class Model:
-    """A checkpoint, and prompts for it: words that are a token each, so that text and token ids are the same.
-
-    Args:
-        name: A size.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.folder = MODELS / name
-        make_checkpoint(name, self.folder)
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        texts = {token_id: self._tokenizer.decode([token_id]) for token_id in range(len(self._tokenizer))}
-        self._words = [
-            token_id
-            for token_id, text in texts.items()
-            if text.startswith(" ") and text[1:].isalpha() and text.isascii()
-            and self._tokenizer.encode(text, add_special_tokens=False) == [token_id]
-        ]  # fmt: skip
-        self._rng = np.random.default_rng(time.time_ns())
-
-    def prompt(self, num_tokens: int) -> list[int]:
-        """Return a new prompt."""
-        return [int(token_id) for token_id in self._rng.choice(self._words, num_tokens)]
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens."""
-        return str(self._tokenizer.decode(token_ids))
-
-    def compare(self, answer: Callable[[list[int]], str]) -> str:
-        """Return how many of some prompts get the text that transformers' greedy tokens have, all tokens of each."""
-        judge = AutoModelForCausalLM.from_pretrained(self.folder)
-        num_equal = 0
-        for num_tokens in COMPARED_PROMPTS:
-            prompt = self.prompt(num_tokens)
-            out = judge.generate(torch.tensor([prompt]), max_new_tokens=NUM_COMPARED, do_sample=False)
-            expected = self.text([int(token_id) for token_id in out[0, len(prompt) :]])
-            num_equal += answer(prompt).strip() == expected.strip()
-        return f"{num_equal} of {len(COMPARED_PROMPTS)}"
-
-    def num_parameters(self) -> int:
-        """Return the weights that a token is multiplied with: all but the embedding."""
-        size = SIZES[self.name]
-        head_size = size["hidden_size"] // size["num_attention_heads"]
-        kv_size = 2 * size["num_key_value_heads"] * head_size
-        attention = size["hidden_size"] * (2 * size["hidden_size"] + kv_size)
-        mlp = 3 * size["hidden_size"] * size["intermediate_size"]
-        return size["num_hidden_layers"] * (attention + mlp) + size["vocab_size"] * size["hidden_size"]
 
 
 class TextClient(CompletionClient):

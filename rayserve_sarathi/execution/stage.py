@@ -133,9 +133,9 @@ class Stage:
         """Compute the first stage's part of a step."""
         return self.execute(StageMessage(step=step))
 
-    def execute(self, message: StageMessage, receive_s: float | None = None) -> StageMessage | StepOutput:
+    def execute(self, message: StageMessage) -> StageMessage | StepOutput:
         """Do what `launch` does, and wait for what comes of it."""
-        launched = self.launch(message, receive_s)
+        launched = self.launch(message)
         return launched.wait() if isinstance(launched, LaunchedStep) else launched
 
     def launch(

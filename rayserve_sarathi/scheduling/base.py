@@ -22,6 +22,7 @@ from rayserve_sarathi.kv.block_manager import BlockManager
 from rayserve_sarathi.metrics import SchedulerMetrics, SchedulerState
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput
 from rayserve_sarathi.scheduling.admission import RequestQueue, check_request, order_of
+from rayserve_sarathi.scheduling.ahead import Ahead
 from rayserve_sarathi.scheduling.late_tokens import LateReport
 from rayserve_sarathi.scheduling.pace import pace_of
 from rayserve_sarathi.scheduling.packing import build_step_input, has_extras
@@ -31,12 +32,6 @@ from rayserve_sarathi.step import StepInput, StepOutput, pack_sampling
 from rayserve_sarathi.step_shape import StepTimeModel
 
 _new_tuple = tuple.__new__
-
-AHEAD_OF_STEP_S = 0.02
-"""While steps are shorter than this, the next one is scheduled while one runs. After a longer one a part of a
-millisecond on the host does not matter, but to a request that arrives meanwhile it would that the next step is made up
-already."""
-_STEP_TIME_RATE = 0.2
 
 _MIN_SHARED_LATER = 32
 """Requests whose newest full block a step names at least; at most twice the average of its decodes."""
@@ -87,9 +82,7 @@ class Scheduler(ABC):
         self._vocab_size = vocab_size
         self._max_steps_in_flight = max_steps_in_flight
         self._num_decode_groups = num_decode_groups
-        self._is_async = is_async
-        self._step_s = math.inf  # of the last steps, on average; not known before the first
-        self._last_update_s = -math.inf
+        self._ahead = Ahead() if is_async else None
         self.epoch = epoch
         """Generation of the pipeline that steps are for."""
         self._requests: dict[str, Request] = {}
@@ -169,7 +162,7 @@ class Scheduler(ABC):
             plan.sampled_prefills,
             step_id=plan.step_id,
             epoch=self.epoch,
-            before=self._newest_samplers() if self._is_async else (),
+            before=() if self._ahead is None else self._newest_samplers(),
         )
         self._launch(plan)
         return step
@@ -183,9 +176,8 @@ class Scheduler(ABC):
         oldest = (next(iter(self._in_flight), None), self.epoch)
         assert (step_id, epoch) == oldest, f"step {step_id} of epoch {epoch} came back, but the oldest is {oldest}"
         step = self._in_flight.pop(step_id)
-        step_s = now_s - max(step.launched_s, self._last_update_s)
-        self._step_s = step_s if self._step_s == math.inf else self._step_s + _STEP_TIME_RATE * (step_s - self._step_s)
-        self._last_update_s = now_s
+        if self._ahead is not None:
+            self._ahead.note(step.launched_s, now_s)
         num_decodes = len(step.decodes)
         if self._pace is not None:
             self._pace.land(step.decodes, step.prefills, step.sampled_prefills, step_output, self.metrics, now_s)
@@ -220,8 +212,8 @@ class Scheduler(ABC):
 
     @property
     def can_advance(self) -> bool:
-        """Whether `advance` does what `update` would; a policy that learns from the stages' times says False."""
-        return not self._blocks.enable_prefix_caching and self._pace is None
+        """Whether `advance` does what `update` would: not where anything else is kept of steps or blocks."""
+        return not self._blocks.enable_prefix_caching and self._pace is None and self._ahead is None
 
     def num_alike(self, plan: StepPlan) -> int:
         """Return how many steps, beginning with the one in flight, are alike: the same decodes and chunk lengths.
@@ -399,7 +391,7 @@ class Scheduler(ABC):
         block_size = self._blocks.block_size
         # One more group would be one more step until each decode's turn comes again.
         can_decode = sum(bool(step.decodes) for step in self._in_flight.values()) < self._num_decode_groups
-        can_go_ahead = is_ahead = self._is_async and bool(self._in_flight)
+        can_go_ahead = is_ahead = self._ahead is not None and bool(self._in_flight)
         for request in tuple(self.running):
             num_tokens = len(request.token_ids)
             num_left = num_tokens - request.num_computed_tokens
@@ -527,8 +519,8 @@ class Scheduler(ABC):
         return share
 
     def _plan(self, now_s: float) -> StepPlan | None:
-        is_ahead = self._is_async and self._step_s < AHEAD_OF_STEP_S
-        if len(self._in_flight) >= self._max_steps_in_flight + is_ahead:
+        goes_ahead = self._ahead is not None and self._ahead.is_worth_it
+        if len(self._in_flight) >= self._max_steps_in_flight + goes_ahead:
             return None
         self._just_preempted = False
         self._now_s = now_s

@@ -51,7 +51,11 @@ def build_step_input(
     """
     num_decodes = len(decodes)
     requests = [*decodes, *prefills]
-    context_lens = [request.num_computed_tokens + request.num_in_flight_tokens for request in decodes]
+    pending = _pending_tokens(decodes, before) if before else None
+    if pending is None:
+        context_lens = [request.num_computed_tokens for request in decodes]
+    else:
+        context_lens = [request.num_scheduled_tokens for request in decodes]
     context_lens += [request.num_scheduled_tokens for request in prefills]
     token_ids = array("i", [request.token_ids[-1] for request in decodes])
     for (request, num_new), start in zip(prefills.items(), context_lens[num_decodes:], strict=True):
@@ -66,7 +70,16 @@ def build_step_input(
     query_lens = [1] * num_decodes + list(prefills.values())
     row_of = {index: row for row, index in enumerate(sample_requests)} if extras else {}
     histories, logit_bias, prompt_logprobs = _pack_extras(
-        [_Extra(requests[index], index, query_lens[index], row_of.get(index), index < num_decodes) for index in extras]
+        [
+            _Extra(
+                requests[index],
+                index,
+                query_lens[index],
+                row_of.get(index),
+                requests[index].num_output_tokens + (index < num_decodes and requests[index].num_in_flight_tokens > 0),
+            )
+            for index in extras
+        ]
     )
     return StepInput(
         step_id=step_id,
@@ -80,7 +93,7 @@ def build_step_input(
         num_blocks=np.array(list(map(len, tables)), dtype=np.int32),
         sample_requests=np.array(sample_requests, dtype=np.int32),
         sampling=np.frombuffer(bytearray().join(rows), dtype=SAMPLING_DTYPE),
-        pending=_pending_tokens(decodes, before),
+        pending=pending,
         histories=histories,
         logit_bias=logit_bias,
         prompt_logprobs=prompt_logprobs,
@@ -105,7 +118,8 @@ class _Extra(NamedTuple):
     query_len: int
     row: int | None
     """Which of the sampling requests, if it samples."""
-    is_decode: bool
+    num_output_tokens: int
+    """Before this step, one that is on its way included."""
 
 
 def _pack_extras(
@@ -114,10 +128,8 @@ def _pack_extras(
     histories: list[TokenHistory] = []
     biases: list[tuple[int, int, float]] = []
     queries: list[PromptLogprobsQuery] = []
-    for request, number, query_len, row, is_decode in entries:
+    for request, number, query_len, row, num_output_tokens in entries:
         sampling = request.sampling
-        is_pending = is_decode and request.num_in_flight_tokens > 0
-        num_output_tokens = request.num_output_tokens + is_pending
         if row is not None:
             if sampling.has_penalties:
                 histories.append(_history(request, row))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rayserve_sarathi.config import SloConfig
 from rayserve_sarathi.request import FinishReason, Request
 from rayserve_sarathi.scheduling import SCHEDULERS
-from rayserve_sarathi.scheduling.base import AHEAD_OF_STEP_S, Scheduler
+from rayserve_sarathi.scheduling.ahead import AHEAD_OF_STEP_S
+from rayserve_sarathi.scheduling.base import Scheduler
 from tests.factories import expected, make_request, make_scheduler
 from tests.scheduling.driver import Driver
 

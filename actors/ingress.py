@@ -57,6 +57,7 @@ class OpenAIIngress:
             max_num_waiting=config.scheduler.max_num_waiting,
             block_size=config.block_size if config.enable_prefix_caching else None,
             pipeline_timeout_s=config.ingress.pipeline_timeout_s,
+            tbt_s=config.slo.tbt_s,
         )
         card = ModelCard(
             name=config.model_name,

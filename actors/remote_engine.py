@@ -19,7 +19,7 @@ from rayserve_sarathi.kv.prefix_marks import PrefixMarks, marks_of_prompt
 from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
 from rayserve_sarathi.routing import group_by_prefix
-from rayserve_sarathi.scheduling.late_tokens import LateReport
+from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class RemoteEngine:
         max_num_waiting: Size of a scheduler's queue.
         block_size: Tokens in a KV block; None if prefixes are not cached.
         pipeline_timeout_s: How long a request waits for a pipeline that takes it.
+        tbt_s: The target of the time between tokens, if there is one.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class RemoteEngine:
         max_num_waiting: int,
         block_size: int | None,
         pipeline_timeout_s: float,
+        tbt_s: float | None,
     ) -> None:
         self._scheduler = scheduler
         self._placement = placement
@@ -68,6 +70,7 @@ class RemoteEngine:
         self._max_num_waiting = max_num_waiting
         self._block_size = block_size
         self._pipeline_timeout_s = pipeline_timeout_s
+        self._tbt_s = tbt_s
         self._requests: dict[str, OpenRequest] = {}
         self._open: dict[str, OpenRequest] = {}
         """By attempt id, which is what a scheduler knows a request by."""
@@ -75,6 +78,8 @@ class RemoteEngine:
         self._outbound: list[OpenRequest] = []
         self._cancels: dict[str, dict[str, bool]] = {}
         """By pipeline and attempt id: whether the text is complete."""
+        self._late: dict[str, list[tuple[str, LateGap]]] = {}
+        """By pipeline: attempt ids, and what their clients got late."""
         self._has_work = asyncio.Event()
         self._num_pipelines = 1
         """As many as answered last."""
@@ -82,6 +87,11 @@ class RemoteEngine:
         self._num_since_report = 0
         self._calls: set[asyncio.Task[None]] = set()
         self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._claim())]
+
+    @property
+    def tbt_s(self) -> float | None:
+        """See `EngineClient`."""
+        return self._tbt_s
 
     async def check_capacity(self, num_requests: int) -> None:
         """See `EngineClient`. Asks the scheduler only if its queue might be full by what is known here."""
@@ -127,6 +137,13 @@ class RemoteEngine:
         if request is not None and self._close(request):
             request.is_stopped = True
             self._cancel(request)
+
+    def note_late(self, request_id: str, gap: LateGap) -> None:
+        """See `EngineClient`."""
+        request = self._requests.get(request_id)
+        if request is not None and request.pipeline is not None:
+            self._late.setdefault(request.pipeline, []).append((request.attempt_id, gap))
+            self._has_work.set()
 
     async def check_ready(self) -> None:
         """See `EngineClient`. Ready is also who has scaled to zero, as the next request starts a pipeline."""
@@ -184,9 +201,11 @@ class RemoteEngine:
             self._has_work.clear()
             outbound, self._outbound = self._outbound, []
             cancels, self._cancels = self._cancels, {}
+            late, self._late = self._late, {}
             # Each call in a task of its own, so that one without an answer holds up no other.
             calls = [self._submit(requests) for requests in self._divide(outbound)]
             calls += [self._call_cancel(pipeline, attempts) for pipeline, attempts in cancels.items()]
+            calls += [self._call_note_late(pipeline, gaps) for pipeline, gaps in late.items()]
             for call in calls:
                 task = asyncio.create_task(call)
                 self._calls.add(task)
@@ -290,6 +309,12 @@ class RemoteEngine:
         except Exception as error:
             # Not lost: the next claims do not name these requests, so the scheduler aborts them.
             logger.warning("could not cancel %d requests at pipeline %s: %s", len(attempt_ids), pipeline, error)
+
+    async def _call_note_late(self, pipeline: str, gaps: list[tuple[str, LateGap]]) -> None:
+        try:
+            await asyncio.wait_for(self._scheduler.note_late.remote(gaps, pipeline=pipeline), _CONTROL_TIMEOUT_S)
+        except Exception as error:  # a pipeline that is gone has lost its other counts as well
+            logger.warning("%d late tokens are not counted at pipeline %s: %s", len(gaps), pipeline, error)
 
     async def _claim(self) -> None:
         """Tell every scheduler regularly which requests are still wanted here.

@@ -25,7 +25,7 @@ from rayserve_sarathi.metrics import Snapshot
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
 from rayserve_sarathi.registry import import_object, load
 from rayserve_sarathi.scheduling.build import max_steps_in_flight
-from rayserve_sarathi.scheduling.late_tokens import LateReport
+from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,12 @@ class SchedulerActor:
     async def claim(self, ingress: str, request_ids: list[str]) -> None:
         """Hear which requests an ingress still has; one that it has twice not named is aborted."""
         self._abort(self._outboxes.claim(ingress, request_ids))
+
+    async def note_late(self, gaps: list[tuple[str, LateGap]], *, pipeline: str) -> None:
+        """Hear what reached clients late, by request id; see `Scheduler.note_late`."""
+        assert pipeline == self._pipeline_id, f"a call for {pipeline} came to {self._pipeline_id}"
+        for request_id, gap in gaps:
+            self._engine.note_late(request_id, gap)
 
     async def find_overload(self, num_requests: int) -> SarathiError | None:
         """Return why `num_requests` more would be refused now, or None."""

@@ -18,7 +18,7 @@ from rayserve_sarathi.request import FinishReason, Request, RequestOutput, Sampl
 from rayserve_sarathi.scheduling import SCHEDULERS
 from rayserve_sarathi.scheduling.base import Scheduler
 from rayserve_sarathi.scheduling.build import build_scheduler
-from rayserve_sarathi.scheduling.late_tokens import LateReport
+from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.simulation.cost_model import CostModel
 from rayserve_sarathi.simulation.hardware import find_hardware
 from rayserve_sarathi.simulation.model_shape import rank_shape
@@ -291,6 +291,15 @@ class Engine:
     def trace(self, *, pipeline: str) -> PipelineTrace:
         """Return the last steps, one by one."""
         return self._steps.trace(pipeline=pipeline, now_s=self._clock())
+
+    @property
+    def tbt_s(self) -> float | None:
+        """The target of the time between tokens, in seconds; None if there is none."""
+        return self._scheduler.tbt_s
+
+    def note_late(self, request_id: str, gap: LateGap) -> None:
+        """See `Scheduler.note_late`."""
+        self._scheduler.note_late(request_id, gap)
 
     def why(self, request_id: str) -> list[LateReport]:
         """Return which tokens of a request were late, and why; see `LateTokens.reports`."""

@@ -10,7 +10,7 @@ from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.metrics import render
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
 from rayserve_sarathi.scheduling.base import Scheduler
-from rayserve_sarathi.scheduling.late_tokens import LateReport
+from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
 
@@ -119,6 +119,15 @@ class LocalEngine:
         """See `EngineClient`."""
         if self._mailboxes.close(request_id):
             self._engine.stop(request_id)
+
+    @property
+    def tbt_s(self) -> float | None:
+        """See `EngineClient`."""
+        return self._engine.tbt_s
+
+    def note_late(self, request_id: str, gap: LateGap) -> None:
+        """See `EngineClient`."""
+        self._engine.note_late(request_id, gap)
 
     async def check_ready(self) -> None:
         """See `EngineClient`."""

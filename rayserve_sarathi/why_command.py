@@ -18,6 +18,7 @@ _CAUSES = {
     "slow_stage": "the step took longer than its content explains",
     "bubble": "it waited for its turn, though prompts were not in its way",
     "decodes": "the decodes of the step alone take longer",
+    "slow_reader": "it was there in time, but the client did not read",
 }
 
 

@@ -3,6 +3,8 @@
 Plain dictionaries: a chunk is made for every token, where a pydantic model would cost more than all the rest.
 """
 
+import asyncio
+import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from rayserve_sarathi.openai.engine_client import EngineClient
 from rayserve_sarathi.openai.generation import Choice, ChoiceDelta, generate_choice, merge
 from rayserve_sarathi.openai.prompts import PromptTokens, off_loop
 from rayserve_sarathi.openai.protocol import StreamOptions
+from rayserve_sarathi.scheduling.late_tokens import LateGap
 from rayserve_sarathi.text.tokenizer import Tokenizer
 
 JsonObject = dict[str, object]
@@ -98,8 +101,11 @@ async def answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) -> Json
 
 
 async def stream_answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) -> AsyncGenerator[JsonObject]:
-    """Yield the chunks of the answer as tokens come."""
+    """Yield the chunks of the answer as tokens come; whoever takes longer than `tbt_s` for one is a slow reader."""
     usage = _Usage(plan)
+    clock = asyncio.get_running_loop().time
+    slow_s = math.inf if engine.tbt_s is None else engine.tbt_s
+    num_tokens = [0] * len(plan.choices)
     has_usage = plan.stream_options.include_usage is True
     has_continuous_usage = plan.stream_options.continuous_usage_stats is True
     head: JsonObject = {
@@ -113,6 +119,7 @@ async def stream_answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) 
     async with aclosing(_run(engine, tokenizer, plan)) as deltas:
         async for index, delta in deltas:
             usage.add(index, delta)
+            num_tokens[index] += delta.num_tokens
             is_first = index not in started
             # Nothing to see, as for part of a character; but the first token always shows that the choice began.
             if not (delta.text or delta.logprobs or delta.finish_reason or is_first or has_continuous_usage):
@@ -120,7 +127,12 @@ async def stream_answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) 
             started.add(index)
             if has_continuous_usage:
                 tail = {"usage": usage.to_json()}
+            begin_s = clock()
             yield {**head, "choices": [plan.choice_format.chunk_choice(index, delta, is_first=is_first)], **tail}
+            held_s = clock() - begin_s
+            if held_s > slow_s:
+                gap = LateGap(num_tokens[index] - 1, held_s, "slow_reader", culprit=None)
+                engine.note_late(plan.choices[index].request_id, gap)
     if has_usage:
         yield {**head, "choices": [], "usage": usage.to_json()}
 

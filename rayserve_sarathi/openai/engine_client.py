@@ -4,12 +4,16 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from rayserve_sarathi.request import RequestOutput, SamplingParams
-from rayserve_sarathi.scheduling.late_tokens import LateReport
+from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
 
 class EngineClient(Protocol):
     """An engine as its clients see it: the scheduler actor behind a handle, or an engine in this process."""
+
+    @property
+    def tbt_s(self) -> float | None:
+        """The target of the time between two tokens, in seconds; None if there is none."""
 
     async def check_capacity(self, num_requests: int) -> None:
         """Return if `num_requests` more requests would be accepted now; called before they are tokenised.
@@ -45,6 +49,9 @@ class EngineClient(Protocol):
 
         Then the generator of `generate` is to be closed.
         """
+
+    def note_late(self, request_id: str, gap: LateGap) -> None:
+        """Hear of a token that was there in time, and reached the client late; a request that is closed is left out."""
 
     async def check_ready(self) -> None:
         """Return if the engine is up (its first tokens have gone through all stages) and all stages answer.

@@ -23,7 +23,7 @@ from rayserve_sarathi.metrics import SchedulerMetrics, SchedulerState
 from rayserve_sarathi.request import FinishReason, Request, RequestOutput
 from rayserve_sarathi.scheduling.admission import RequestQueue, check_request, order_of
 from rayserve_sarathi.scheduling.ahead import Ahead
-from rayserve_sarathi.scheduling.late_tokens import LateReport
+from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.scheduling.pace import pace_of
 from rayserve_sarathi.scheduling.packing import build_step_input, has_extras
 from rayserve_sarathi.scheduling.plan import StepPlan, count_alike, grow_alike
@@ -309,6 +309,16 @@ class Scheduler(ABC):
             return self.config.token_budget
         assert self._pace is not None, "a budget of auto has a pace"
         return self._pace.budget.mean_tokens
+
+    @property
+    def tbt_s(self) -> float | None:
+        """The target of the time between tokens, in seconds; None if there is none."""
+        return None if self._pace is None else self._pace.tbt_s
+
+    def note_late(self, request_id: str, gap: LateGap) -> None:
+        """Count a token that came late behind the scheduler, if there is a target; its request may have ended."""
+        if self._pace is not None:
+            self._pace.note_late(request_id, gap, self.metrics)
 
     def late_reports(self, request_id: str) -> list[LateReport]:
         """Return which tokens of a request were late, and why; see `LateTokens.reports`."""

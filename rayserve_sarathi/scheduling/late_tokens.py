@@ -7,8 +7,7 @@
 - `slow_stage`: its step took longer than its content explains.
 - `bubble`: the request waited for its turn though its step was not held up by others' prompts.
 - `decodes`: none of these: the decodes of the step are too many, or their contexts too long, for the target.
-
-What a slow client or network does to a stream is not seen here.
+- `slow_reader`: it was there in time, but could not be sent, as the client did not read; whoever sends it says so.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -29,7 +28,7 @@ class LateGap(NamedTuple):
 
     Args:
         position: Of the token that was late, counted from the first one generated, which is 0.
-        gap_s: Time since the token before.
+        gap_s: Time since the token before; of a slow reader, that for which it could not be sent.
         cause: See the module.
         culprit: Request whose prompt was computed meanwhile, if that is the cause; of several the one with most tokens.
     """
@@ -77,7 +76,7 @@ class LateTokens:
     """
 
     def __init__(self, tbt_s: float) -> None:
-        self._tbt_s = tbt_s
+        self.tbt_s = tbt_s
         self._requests: OrderedDict[str, _LateRequest] = OrderedDict()
         self._passed: deque[_Passed] = deque(maxlen=_MAX_STEPS)
         self._interruptions: dict[str, str] = {}
@@ -97,10 +96,20 @@ class LateTokens:
         None for those of which nothing was late, and for those that are forgotten: the last 512 late ones are kept.
         """
         return [
-            LateReport(request_id=name, tbt_s=self._tbt_s, num_late=dict(request.num_late), gaps=tuple(request.gaps))
+            LateReport(request_id=name, tbt_s=self.tbt_s, num_late=dict(request.num_late), gaps=tuple(request.gaps))
             for name, request in self._requests.items()
             if name == request_id or name.startswith((f"{request_id}-", f"{request_id}~"))
         ]
+
+    def note(self, request_id: str, gap: LateGap) -> None:
+        """Add a gap to the report of a request, which may have ended."""
+        late = self._requests.get(request_id)
+        if late is None:
+            if len(self._requests) >= _MAX_REQUESTS:
+                self._requests.popitem(last=False)
+            late = self._requests[request_id] = _LateRequest()
+        late.num_late[gap.cause] += 1
+        late.gaps.append(gap)
 
     def land(
         self, step: ExpectedStep, requests: Iterable[Request], *, culprit: str | None, now_s: float
@@ -114,7 +123,7 @@ class LateTokens:
             now_s: When it came back.
         """
         causes: Counter[str] = Counter()
-        latest_s = now_s - self._tbt_s
+        latest_s = now_s - self.tbt_s
         for request in requests:
             last_s = request.last_token_s
             if last_s is None or request.is_aborted:
@@ -124,7 +133,7 @@ class LateTokens:
                 continue
             cause, blamed = self._cause(request, last_s, step, interruption, culprit, now_s)
             causes[cause] += 1
-            self._note(request, LateGap(request.num_output_tokens, now_s - last_s, cause, blamed))
+            self.note(request.request_id, LateGap(request.num_output_tokens, now_s - last_s, cause, blamed))
         self._passed.append(_Passed(now_s, max(step.period_s - step.decodes_s, 0.0), culprit))
         return causes
 
@@ -152,18 +161,9 @@ class LateTokens:
         waited_s = max(step.submit_s - last_s - prefill_s, 0.0)
         parts = [("prefill", prefill_s), ("slow_stage", slow_s), ("bubble", waited_s)]
         cause, part_s = max(parts, key=lambda part: part[1])
-        if sum(part_s for _, part_s in parts) < now_s - last_s - self._tbt_s or part_s <= 0:
+        if sum(part_s for _, part_s in parts) < now_s - last_s - self.tbt_s or part_s <= 0:
             return "decodes", None
         return cause, max(chunks_s, key=lambda name: chunks_s[name]) if cause == "prefill" else None
-
-    def _note(self, request: Request, gap: LateGap) -> None:
-        late = self._requests.get(request.request_id)
-        if late is None:
-            if len(self._requests) >= _MAX_REQUESTS:
-                self._requests.popitem(last=False)
-            late = self._requests[request.request_id] = _LateRequest()
-        late.num_late[gap.cause] += 1
-        late.gaps.append(gap)
 
 
 def longest_chunk(prefills: "dict[Request, int]") -> str | None:

@@ -6,7 +6,7 @@ from rayserve_sarathi.config import SchedulerConfig, SloConfig
 from rayserve_sarathi.metrics import SchedulerMetrics
 from rayserve_sarathi.request import Request
 from rayserve_sarathi.scheduling.forecast import StepForecast
-from rayserve_sarathi.scheduling.late_tokens import LateReport, LateTokens, longest_chunk
+from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport, LateTokens, longest_chunk
 from rayserve_sarathi.scheduling.step_time import FittedStepTime, StepLoad, attention_work, prior_times
 from rayserve_sarathi.scheduling.token_budget import AutoBudget
 from rayserve_sarathi.step import StepOutput
@@ -87,6 +87,17 @@ class Pace:
     def restart(self) -> None:
         """Forget the steps in flight."""
         self.forecast.restart()
+
+    @property
+    def tbt_s(self) -> float | None:
+        """The target of its tokens, in seconds."""
+        return None if self._late is None else self._late.tbt_s
+
+    def note_late(self, request_id: str, gap: LateGap, metrics: SchedulerMetrics) -> None:
+        """Count a gap that others found."""
+        if self._late is not None:
+            self._late.note(request_id, gap)
+            metrics.num_tbt_slo_violations[gap.cause] += 1
 
     def late_reports(self, request_id: str) -> list[LateReport]:
         """See `LateTokens.reports`."""

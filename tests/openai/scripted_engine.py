@@ -51,6 +51,9 @@ class ScriptedEngine:
     num_aborted: int = 0
     finished: list[str] = field(default_factory=list)
     """Requests that the reader ended."""
+    tbt_s: float | None = None
+    late: list[tuple[str, LateGap]] = field(default_factory=list)
+    """What the reader got late."""
     is_hanging: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -65,6 +68,9 @@ class ScriptedEngine:
 
     def finish(self, request_id: str) -> None:
         self.finished.append(request_id)
+
+    def note_late(self, request_id: str, gap: LateGap) -> None:
+        self.late.append((request_id, gap))
 
     async def metrics(self) -> str:
         return "sarathi_num_requests_running 0\n"

@@ -39,6 +39,30 @@ async def test_a_stream_that_is_closed_ends_its_requests(make_api, n):
     assert (api.engine.num_open, api.engine.num_aborted) == (0, n)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_reader_that_is_slower_than_the_target_is_noted_with_the_token_it_held_up(make_api, n):
+    api = make_api(tbt_s=0.02)
+    num_read = 0
+    async for _ in api.service.stream_completions({**BODY, "n": n}):
+        num_read += 1
+        if num_read == n + 1:  # the second token of the first choice
+            await asyncio.sleep(0.03)
+
+    (held,) = [(name, gap) for name, gap in api.engine.late if gap.position == 1]
+    assert held[0] == api.engine.asked[0].request_id
+    assert held[1].gap_s >= 0.03
+    assert held[1].cause == "slow_reader"
+
+
+@pytest.mark.parametrize("tbt_s", [None, 100.0])
+async def test_a_reader_is_not_slow_within_the_target_or_without_one(make_api, tbt_s):
+    api = make_api(tbt_s=tbt_s)
+    async for _ in api.service.stream_completions(BODY):
+        await asyncio.sleep(0.001)
+
+    assert api.engine.late == []
+
+
 async def test_an_answer_that_is_cancelled_ends_its_requests(make_api):
     api = make_api(hangs_after=1)
     waiting = asyncio.create_task(api.service.chat_completions({**CHAT, "n": 2}))

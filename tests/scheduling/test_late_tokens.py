@@ -8,6 +8,7 @@ import pytest
 from rayserve_sarathi.config import SloConfig
 from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.scheduling.base import Scheduler
+from rayserve_sarathi.scheduling.late_tokens import LateGap
 from rayserve_sarathi.step import StepInput, StepOutput
 from rayserve_sarathi.step_shape import shape_of
 from tests.factories import make_request, make_scheduler
@@ -52,6 +53,26 @@ def test_tokens_in_time_have_no_report():
 
     assert rig.causes == {}
     assert rig.scheduler.late_reports("a") == []
+
+
+def test_what_others_found_late_is_counted_and_reported_after_the_end_too():
+    rig = Rig()
+    rig.add("a", 100, max_tokens=5)
+    rig.steps(5)
+    rig.scheduler.note_late("a", LateGap(3, 0.4, "slow_reader", None))
+
+    (report,) = rig.scheduler.late_reports("a")
+    assert (report.num_late, report.gaps) == ({"slow_reader": 1}, (LateGap(3, 0.4, "slow_reader", None),))
+    assert rig.causes == {"slow_reader": 1}
+
+
+def test_nothing_is_late_without_a_target():
+    scheduler = make_scheduler("sarathi")
+    scheduler.note_late("a", LateGap(3, 0.4, "slow_reader", None))
+
+    assert scheduler.tbt_s is None
+    assert scheduler.late_reports("a") == []
+    assert not scheduler.metrics.num_tbt_slo_violations
 
 
 @pytest.mark.parametrize("policy", ["sarathi", "vllm"])

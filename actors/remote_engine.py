@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from array import array
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ _SILENCE_S = 30.0
 _RETRY_S = 0.25
 _MAX_LOSSES = 3
 """A request that has lost so many pipelines without a token between may be what kills them."""
+_MAX_PLACES = 1024
 _CALL_ERRORS = (RayError, RayServeException, TimeoutError)
 
 
@@ -80,6 +82,8 @@ class RemoteEngine:
         """By pipeline and attempt id: whether the text is complete."""
         self._late: dict[str, list[tuple[str, LateGap]]] = {}
         """By pipeline: attempt ids, and what their clients got late."""
+        self._places: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        """Pipeline and attempt id of the last requests that are closed: their clients may still read."""
         self._has_work = asyncio.Event()
         self._num_pipelines = 1
         """As many as answered last."""
@@ -128,6 +132,10 @@ class RemoteEngine:
                 yield output
         finally:
             del self._requests[request_id]
+            if request.pipeline is not None:
+                self._places[request_id] = request.pipeline, request.attempt_id
+                if len(self._places) > _MAX_PLACES:
+                    self._places.popitem(last=False)
             if self._close(request):
                 self._cancel(request)
 
@@ -140,9 +148,12 @@ class RemoteEngine:
 
     def note_late(self, request_id: str, gap: LateGap) -> None:
         """See `EngineClient`."""
-        request = self._requests.get(request_id)
-        if request is not None and request.pipeline is not None:
-            self._late.setdefault(request.pipeline, []).append((request.attempt_id, gap))
+        place = self._places.get(request_id)
+        if (request := self._requests.get(request_id)) is not None and request.pipeline is not None:
+            place = request.pipeline, request.attempt_id
+        if place is not None:
+            pipeline, attempt_id = place
+            self._late.setdefault(pipeline, []).append((attempt_id, gap))
             self._has_work.set()
 
     async def check_ready(self) -> None:

@@ -51,7 +51,7 @@ class EngineClient(Protocol):
         """
 
     def note_late(self, request_id: str, gap: LateGap) -> None:
-        """Hear of a token that was there in time, and reached the client late; a request that is closed is left out."""
+        """Hear of a token that was there in time, and reached the client late; its request may have ended."""
 
     async def check_ready(self) -> None:
         """Return if the engine is up (its first tokens have gone through all stages) and all stages answer.

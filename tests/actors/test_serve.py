@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "block_size": 8,
         "num_gpu_blocks_override": NUM_BLOCKS,  # 512 tokens for 32 requests of up to 89: they preempt each other
         "scheduler": {"token_budget": 48, "max_num_waiting": 400},
+        "slo": {"tbt_s": 0.2},
         "ingress": {"admin_keys": ["admin"]},
     }
     with serve_run(tmp_path_factory.mktemp("serve"), args) as running:
@@ -155,6 +157,38 @@ async def test_200_streams_closed_at_once_leave_nothing_behind(server: Server):
         timeout_s=10,
         message="requests or blocks are left",
     )
+
+
+def test_a_client_that_reads_slowly_is_told_apart(server: Server, capsys: pytest.CaptureFixture[str]):
+    # 15 MB of log-probabilities: the sockets on the way take half of it.
+    prompts = [[7 + index] * 240 for index in range(100)]
+    body = {"model": "tiny", "prompt": prompts, "max_tokens": 4, "ignore_eos": True, "echo": True, "logprobs": 20}
+
+    def is_told() -> bool:
+        # Until HAProxy knows the ingress, Serve's own proxy is between them, which reads everything.
+        answer_id = read_slowly(server, {**body, "stream": True})
+        time.sleep(0.5)
+        assert cli.main(["why", answer_id, "--url", server.url, "--key", "admin"]) == 0
+        return "slow_reader: it was there in time" in capsys.readouterr().out
+
+    server.wait_until(is_told, timeout_s=90, message="nobody was slow")
+    _, metrics = server.get("/metrics")
+    assert re.search(r'tbt_slo_violations_total\{.*cause="slow_reader".*\} [1-9]', metrics)
+
+
+def read_slowly(server: Server, body: dict[str, object]) -> str:
+    """Read a stream only once all of it is computed, and for longer than the target; return its id."""
+    with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        server.wait_until(
+            lambda: server.metric("num_requests_running") + server.metric("num_requests_waiting") == 0,
+            timeout_s=60,
+            message="it is not computed",
+        )
+        time.sleep(0.3)
+        assert list(lines)[-2] == "data: [DONE]"
+    return str(json.loads(first.removeprefix("data: "))["id"])
 
 
 async def test_a_client_that_leaves_before_its_whole_answer_frees_its_blocks(

@@ -90,7 +90,7 @@ def make_config(folder: Path) -> EngineConfig:
 def measure_steps(config: EngineConfig, folder: Path) -> StepTimeModel:
     """Measure the model's steps on this machine, and return what predicts them."""
     clock = StageClock(config, num_blocks=NUM_BLOCKS)
-    profile = measure_profile(clock, GRID, block_size=BLOCK_SIZE, note=lambda text: None)
+    profile = measure_profile(clock, GRID, note=lambda text: None)
     write_profile(folder / profile_name("cpu", config.model, tensor_parallel_size=1), profile)
     return make_step_time_model(config.model, "cpu", source="profile", profiles=folder)
 

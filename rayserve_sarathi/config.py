@@ -15,9 +15,12 @@ from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from rayserve_sarathi.errors import ConfigError
 
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens in a KV block, unless a deployment says otherwise."""
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TokenBudget = int | Literal["auto"]
 PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 
@@ -29,7 +32,7 @@ class SchedulerConfig:
 
     policy: str = "sarathi"
     """How to fill a step; see `scheduling.SCHEDULERS`."""
-    token_budget: int | Literal["auto"] = 512
+    token_budget: TokenBudget = 512
     """Most tokens in a step. Decodes are never dropped for it. `auto` takes, every step, as many as keep `slo.tbt_s`;
     without that target, as many as use the device well. It also lets a very long prompt leave a share to those behind
     it. Policies that take whole prompts have no use for a budget."""
@@ -117,7 +120,7 @@ class EngineConfig:
     """`auto` takes GPUs where the cluster has any."""
     max_model_len: int | None = None
     """Most tokens of a request, prompt and output; None takes the model's own limit."""
-    block_size: int = 16
+    block_size: int = DEFAULT_BLOCK_SIZE
     """Tokens in a KV block."""
     num_gpu_blocks_override: int | None = None
     """KV blocks of each stage; None fills `kv_cache_memory_bytes`."""

@@ -11,7 +11,7 @@ from statistics import median
 
 import numpy as np
 
-from rayserve_sarathi.config import SchedulerConfig
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE, SchedulerConfig
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.profiling.grid import Grid, make_step
 from rayserve_sarathi.profiling.stage_clock import StageClock, StepTimes
@@ -53,18 +53,18 @@ class Check:
     predicted_s: float
 
 
-def measure_profile(clock: StageClock, grid: Grid, *, block_size: int, note: Callable[[str], None]) -> Profile:
+def measure_profile(clock: StageClock, grid: Grid, *, note: Callable[[str], None]) -> Profile:
     """Measure all steps of `grid`.
 
     Args:
         clock: Of the whole model on one rank.
         grid: What to measure; steps that the KV cache has no room for are left out.
-        block_size: Of the clock's KV blocks.
         note: Hears of each time that all steps are run.
 
     Raises:
         ConfigError: The KV cache has no room for any step of decodes, or of a chunk.
     """
+    block_size = clock.block_size
     limits = {"max_model_len": clock.max_model_len, "num_blocks": clock.num_blocks, "block_size": block_size}
     vocab_size = clock.decoder_config.vocab_size
     decode_sizes, chunk_sizes = list(grid.decode_steps(**limits)), list(grid.chunk_steps(**limits))
@@ -146,7 +146,7 @@ def measure_scheduler_s(num_decodes: int) -> float:
     scheduler = build_scheduler(
         SchedulerConfig(token_budget=max(512, num_decodes), max_num_seqs=num_decodes),
         num_blocks=num_decodes * (num_tokens + 1),
-        block_size=16,
+        block_size=DEFAULT_BLOCK_SIZE,
         enable_prefix_caching=False,
         max_model_len=num_tokens + 1,
         vocab_size=2,
@@ -173,7 +173,6 @@ def check_profile(
     profile: Profile,
     grid: Grid,
     *,
-    block_size: int,
     note: Callable[[str], None],
 ) -> list[Check]:
     """Measure steps of decodes and a chunk together, and predict them.
@@ -183,11 +182,11 @@ def check_profile(
         model: By `profile`.
         profile: As measured.
         grid: From whose sizes the steps are chosen: half of the decodes, half and a quarter of the tokens.
-        block_size: Of the clock's KV blocks.
         note: As for `measure_profile`.
     """
     schedule = Curve(profile["schedule"].points)
     num_decodes = max(1, grid.decodes[-1] // 2)
+    block_size = clock.block_size
     steps = []
     for query_len in sorted({max(2, grid.chunks[-1] // share) for share in (4, 2)}):
         for context_len in sorted({grid.chunk_contexts[-1] // share for share in (8, 2)}):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayserve_sarathi.config import EngineConfig, parse
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE, EngineConfig, parse
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.profiling.grid import Grid
 from rayserve_sarathi.profiling.profile import Check, check_profile, measure_profile
@@ -13,8 +13,6 @@ from rayserve_sarathi.profiling.stage_clock import StageClock
 from rayserve_sarathi.simulation.hardware import find_hardware
 from rayserve_sarathi.simulation.profile_files import write_profile
 from rayserve_sarathi.simulation.step_times import make_step_time_model, profile_name
-
-_BLOCK_SIZE = 16
 
 
 def run_profile(
@@ -43,16 +41,16 @@ def run_profile(
     """
     begin_s = time.perf_counter()
     find_hardware(hardware)
-    num_blocks = num_kv_tokens // _BLOCK_SIZE
+    num_blocks = num_kv_tokens // DEFAULT_BLOCK_SIZE
     if num_blocks < 1:
-        raise ConfigError(f"a KV cache of {num_kv_tokens} tokens has no block; give at least {_BLOCK_SIZE}")
+        raise ConfigError(f"a KV cache of {num_kv_tokens} tokens has no block; give at least {DEFAULT_BLOCK_SIZE}")
     config = parse(
         EngineConfig,
-        {"model": model, "device": device, "dtype": dtype, "load_format": "dummy", "block_size": _BLOCK_SIZE},
+        {"model": model, "device": device, "dtype": dtype, "load_format": "dummy"},
     )
     clock = StageClock(config, num_blocks=num_blocks)
     sys.stderr.write(f"{model} on {clock.device} in {clock.dtype}, {num_blocks} KV blocks\n")
-    profile = measure_profile(clock, grid, block_size=_BLOCK_SIZE, note=_tell)
+    profile = measure_profile(clock, grid, note=_tell)
     path = folder / profile_name(hardware, model, tensor_parallel_size=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +60,7 @@ def run_profile(
     num_points = sum(len(measured.points) for measured in profile.values())
     sys.stdout.write(f"{path}: {num_points} points in {time.perf_counter() - begin_s:.0f} s\n")
     predicted_by = make_step_time_model(model, hardware, source="profile", profiles=folder)
-    checks = check_profile(clock, predicted_by, profile, grid, block_size=_BLOCK_SIZE, note=_tell)
+    checks = check_profile(clock, predicted_by, profile, grid, note=_tell)
     sys.stdout.write(render_checks(checks))
 
 

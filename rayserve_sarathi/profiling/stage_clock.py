@@ -96,7 +96,7 @@ class StageClock:
         self._backend: _TimedBackend | None = None
         self._decoder = load_decoder(config, info, stage=0, wrap_backend=self._wrap)
         self._runner = ModelRunner(self._decoder, num_blocks=num_blocks, block_size=config.block_size)
-        self._block_size = config.block_size
+        self.block_size = config.block_size
         self._device = self._decoder.device
         self.decoder_config = info.decoder
         self.max_model_len = info.max_model_len
@@ -143,7 +143,7 @@ class StageClock:
     def _time(self, step: StepInput) -> ClockTimes:
         assert self._backend is not None, "the decoder has asked for it"
         prepare_s, model_input = self._timed(
-            lambda: build_model_input(step, block_size=self._block_size, device=self._device)
+            lambda: build_model_input(step, block_size=self.block_size, device=self._device)
         )
         with torch.inference_mode():
             embed_s, _ = self._timed(lambda: self._decoder.embed(model_input.token_ids))
@@ -173,15 +173,15 @@ class StageClock:
         return time.perf_counter()
 
     def _fill(self) -> None:
-        size = min(self.max_model_len, _FILL_TOKENS) // self._block_size * self._block_size or self._block_size
-        blocks_each = size // self._block_size
+        size = min(self.max_model_len, _FILL_TOKENS) // self.block_size * self.block_size or self.block_size
+        blocks_each = size // self.block_size
         for first in range(0, self.num_blocks, blocks_each):
             count = min(blocks_each, self.num_blocks - first)
             step = make_step(
                 num_decodes=0,
                 decode_context=0,
-                chunks=((count * self._block_size, 0),),
-                block_size=self._block_size,
+                chunks=((count * self.block_size, 0),),
+                block_size=self.block_size,
                 vocab_size=self.decoder_config.vocab_size,
                 first_block=first,
             )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.simulation.hardware import Hardware
@@ -59,7 +60,7 @@ def check_fit(
     parallelism: Parallelism,
     *,
     max_model_len: int,
-    block_size: int = 16,
+    block_size: int = DEFAULT_BLOCK_SIZE,
     gpu_memory_utilization: float = 0.9,
 ) -> Fit:
     """Return what each rank holds.

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.models.config import DecoderConfig, stage_layers
 from rayserve_sarathi.models.hf_config import HfConfig, read_json
 from rayserve_sarathi.models.resolve import parse_architecture, resolve_folder
 from rayserve_sarathi.models.shard import shard_of
 from rayserve_sarathi.simulation.hardware import Hardware
+from rayserve_sarathi.simulation.profile_files import LAYER_MATRICES
 
-_MATRIX_OPERATORS = ("qkv", "o", "up", "down")
 _RESERVED_BYTES = 10**9
 
 
@@ -149,13 +150,13 @@ class RankShape:
     @property
     def layer_parameters(self) -> int:
         """Weights of a layer, norms and biases left out as they are less than a thousandth."""
-        products = ((operator, *self.matrix(operator)) for operator in _MATRIX_OPERATORS)
+        products = ((operator, *self.matrix(operator)) for operator in LAYER_MATRICES)
         return sum(num_in * num_out * self.experts_of(operator)[0] for operator, num_in, num_out in products)
 
     @property
     def layer_flops(self) -> int:
         """FLOPs of a token in a layer, attention left out."""
-        return sum(map(self.matrix_flops, _MATRIX_OPERATORS))
+        return sum(map(self.matrix_flops, LAYER_MATRICES))
 
     def stage_parameters(self, stage: int) -> int:
         """Weights of a rank of a stage: the embedding is on the first, the head on the last."""
@@ -206,7 +207,7 @@ def num_kv_blocks(
     *,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
-    block_size: int = 16,
+    block_size: int = DEFAULT_BLOCK_SIZE,
     gpu_memory_utilization: float = 0.9,
 ) -> int:
     """Return how many KV blocks each rank has room for, beside its weights and 1 GB for activations and the driver.

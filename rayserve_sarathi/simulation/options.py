@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
-from rayserve_sarathi.config import SchedulerConfig, SloConfig
+from rayserve_sarathi.config import SchedulerConfig, SloConfig, TokenBudget
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.scheduling import SCHEDULERS
 from rayserve_sarathi.simulation.hardware import HARDWARE
@@ -70,7 +70,7 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the engine")
     group.add_argument("--policy", default=_DEFAULTS.policy, choices=sorted(SCHEDULERS))
     group.add_argument(
-        "--token-budget", type=_token_budget, default=_DEFAULTS.token_budget, metavar="N", help="or auto"
+        "--token-budget", type=parse_token_budget, default=_DEFAULTS.token_budget, metavar="N", help="or auto"
     )
     group.add_argument("--slo-tbt-s", type=float, metavar="S", help="target that a token budget of auto keeps")
     group.add_argument("--max-num-seqs", type=int, default=128, metavar="N", help="default: %(default)s")
@@ -95,7 +95,8 @@ def parse_system(arguments: argparse.Namespace) -> SystemConfig:
     )
 
 
-def _token_budget(text: str) -> int | Literal["auto"]:
+def parse_token_budget(text: str) -> TokenBudget:
+    """Return a token budget as it stands on a command line; what is neither a number nor `auto` is refused there."""
     return "auto" if text == "auto" else int(text)
 
 

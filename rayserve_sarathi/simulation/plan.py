@@ -6,10 +6,11 @@ fits into memory and every token budget. The plan with the fewest devices is cho
 shortest P99 time between tokens; what takes more devices than one that is known already is not simulated.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rayserve_sarathi.config import SchedulerConfig, SloConfig
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE, SchedulerConfig, SloConfig, TokenBudget
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.simulation.capacity import find_capacity
 from rayserve_sarathi.simulation.fit import Fit, Parallelism, check_fit, parallelisms
@@ -21,7 +22,6 @@ from rayserve_sarathi.simulation.step_times import make_step_time_model
 from rayserve_sarathi.simulation.system import SimulatedSystem
 from rayserve_sarathi.simulation.workload import Workload
 
-BLOCK_SIZE = 16
 _CAPACITY_TOLERANCE = 0.05
 MAX_LOAD = 64
 """The capacity of a replica is sought up to so many times its share: beyond that it does not matter."""
@@ -42,7 +42,7 @@ class Option:
 
     parallelism: Parallelism
     fit: Fit
-    token_budget: int
+    token_budget: TokenBudget
     num_replicas: int
     rate: float
     result: SimulationResult
@@ -69,7 +69,7 @@ class RuledOut:
     """
 
     parallelism: Parallelism
-    token_budget: int | None
+    token_budget: TokenBudget | None
     reason: str
 
 
@@ -148,7 +148,7 @@ class _Candidate:
 
     parallelism: Parallelism
     fit: Fit
-    token_budget: int
+    token_budget: TokenBudget
     system: SimulatedSystem
 
 
@@ -173,10 +173,10 @@ class _Search:
                     hardware,
                     parallelism,
                     max_model_len=config.max_model_len,
-                    block_size=BLOCK_SIZE,
+                    block_size=DEFAULT_BLOCK_SIZE,
                     gpu_memory_utilization=config.gpu_memory_utilization,
                 )
-                self._candidates += _candidates(config, parallelism, fit)
+                self._candidates += _candidates(config, target, parallelism, fit)
             except ConfigError as error:
                 self._unfit.append(RuledOut(parallelism=parallelism, token_budget=None, reason=str(error)))
 
@@ -246,7 +246,7 @@ class _Search:
         return RuledOut(parallelism=candidate.parallelism, token_budget=candidate.token_budget, reason=reason)
 
 
-def _candidates(config: PlanConfig, parallelism: Parallelism, fit: Fit) -> list[_Candidate]:
+def _candidates(config: PlanConfig, target: Target, parallelism: Parallelism, fit: Fit) -> list[_Candidate]:
     step_times = make_step_time_model(
         config.model,
         config.hardware,
@@ -263,19 +263,20 @@ def _candidates(config: PlanConfig, parallelism: Parallelism, fit: Fit) -> list[
             SimulatedSystem(
                 step_times,
                 num_blocks=fit.num_blocks,
-                block_size=BLOCK_SIZE,
+                block_size=DEFAULT_BLOCK_SIZE,
                 max_model_len=config.max_model_len,
                 scheduler=SchedulerConfig(token_budget=token_budget, max_num_seqs=config.max_num_seqs),
-                slo=SloConfig(),
+                slo=SloConfig(tbt_s=target.criteria.p99_tbt_s if token_budget == "auto" else None),
             ),
         )
         for token_budget in config.token_budgets
     ]
 
 
-def _order(candidate: Option | RuledOut) -> tuple[int, int, int]:
+def _order(candidate: Option | RuledOut) -> tuple[int, int, float]:
+    budget = candidate.token_budget or 0
     return (
         candidate.parallelism.num_gpus,
         candidate.parallelism.pipeline_parallel_size,
-        candidate.token_budget or 0,
+        math.inf if budget == "auto" else budget,
     )

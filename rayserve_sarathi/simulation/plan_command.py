@@ -7,13 +7,16 @@ takes less than a minute; `--num-requests` and `--token-budgets` ask for a finer
 
 import argparse
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rayserve_sarathi.registry import import_object
 from rayserve_sarathi.simulation.criteria import Criteria
 from rayserve_sarathi.simulation.hardware import HARDWARE
-from rayserve_sarathi.simulation.options import add_workload_arguments, parse_workload
+from rayserve_sarathi.simulation.options import add_workload_arguments, parse_token_budget, parse_workload
 from rayserve_sarathi.simulation.plan_config import TOKEN_BUDGETS, PlanConfig, Target
 from rayserve_sarathi.simulation.report import write_json
 
@@ -47,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-stages", type=int, default=4, metavar="N", help="of a pipeline (default: %(default)s)")
     group.add_argument(
         "--token-budgets",
-        type=int,
+        type=parse_token_budget,
         nargs="+",
         default=list(TOKEN_BUDGETS),
         metavar="N",
-        help=f"to try (default: {' '.join(map(str, TOKEN_BUDGETS))})",
+        help=f"to try, numbers or auto (default: {' '.join(map(str, TOKEN_BUDGETS))})",
     )
     group.add_argument(
         "--max-num-seqs", type=int, default=128, metavar="N", help="requests that run at once (default: %(default)s)"
@@ -101,12 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
         criteria=Criteria(p99_tbt_s=arguments.tbt, median_scheduling_delay_s=arguments.delay),
         p90_ttft_s=arguments.ttft,
     )
-    plan = make_plan(
-        config,
-        parse_workload(arguments, rate=None, max_total_tokens=arguments.max_model_len),
-        target,
-        note=_tell,
-    )
+    workload = parse_workload(arguments, rate=None, max_total_tokens=arguments.max_model_len)
+    with _quiet_schedulers():
+        plan = make_plan(config, workload, target, note=_tell)
     if arguments.json != Path("-"):
         sys.stdout.write(render(plan, config, target, num_requests=arguments.num_requests))
     if arguments.json is not None:
@@ -116,6 +116,18 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             write_json(arguments.json, figures)
     return 0 if plan.chosen is not None else 1
+
+
+@contextmanager
+def _quiet_schedulers() -> Iterator[None]:
+    """Hide that a scheduler cannot keep its target: of a candidate that is ruled out, the reason is in the plan."""
+    log = logging.getLogger("rayserve_sarathi.scheduling")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _tell(text: str) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from rayserve_sarathi.config import TokenBudget
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.simulation.criteria import Criteria
 from rayserve_sarathi.simulation.result import SimulationResult
 
-TOKEN_BUDGETS = (256, 512, 1024, 2048)
-"""Multiples of the tiles in which matrices are multiplied."""
+TOKEN_BUDGETS: tuple[TokenBudget, ...] = (256, 512, 1024, 2048, "auto")
+"""Multiples of the tiles in which matrices are multiplied, and what is chosen every step for the target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,7 @@ class PlanConfig:
     max_model_len: int
     profiles: Path | None = None
     max_num_seqs: int = 128
-    token_budgets: tuple[int, ...] = TOKEN_BUDGETS
+    token_budgets: tuple[TokenBudget, ...] = TOKEN_BUDGETS
     max_gpus: int = 64
     max_stages: int = 4
     gpu_memory_utilization: float = 0.9
@@ -86,8 +87,8 @@ class PlanConfig:
         for name in ("max_model_len", "max_num_seqs", "max_gpus", "max_stages"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.token_budgets or min(self.token_budgets) < 1:
-            raise ConfigError(f"token_budgets must be numbers of at least 1, got {list(self.token_budgets)}")
+        if not self.token_budgets or any(budget != "auto" and budget < 1 for budget in self.token_budgets):
+            raise ConfigError(f"token_budgets must be numbers of at least 1 or auto, got {list(self.token_budgets)}")
         if not 0 < self.rate < float("inf"):
             raise ConfigError(f"rate must be a number of requests a second greater than 0, got {self.rate}")
         if not 0 < self.gpu_memory_utilization <= 1:

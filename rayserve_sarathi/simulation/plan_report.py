@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 import yaml
 
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE
 from rayserve_sarathi.simulation.hardware import find_hardware
 from rayserve_sarathi.simulation.model_shape import find_model
-from rayserve_sarathi.simulation.plan import BLOCK_SIZE, MAX_LOAD, Option, Plan, RuledOut
+from rayserve_sarathi.simulation.plan import MAX_LOAD, Option, Plan, RuledOut
 from rayserve_sarathi.simulation.plan_config import PlanConfig, Target, p90_ttft_s
 from rayserve_sarathi.simulation.report import render_table, summarise
 
@@ -52,7 +53,7 @@ def render(plan: Plan, config: PlanConfig, target: Target, *, num_requests: int)
         lines.append(f"no plan of up to {config.max_gpus} GPUs keeps that; see the reasons above")
         return "\n".join(lines) + "\n"
     split = option.parallelism
-    num_tokens = option.fit.num_blocks * BLOCK_SIZE
+    num_tokens = option.fit.num_blocks * DEFAULT_BLOCK_SIZE
     load = option.rate / plan.capacity
     least = "at least " if plan.capacity >= MAX_LOAD * option.rate else ""
     lines += [
@@ -76,7 +77,7 @@ def render(plan: Plan, config: PlanConfig, target: Target, *, num_requests: int)
     lines += [
         "",
         render_table(option.result),
-        deployment_yaml(option, config),
+        deployment_yaml(option, config, target),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -99,7 +100,7 @@ def describe(plan: Plan, config: PlanConfig, target: Target, *, num_requests: in
         | {
             "capacity_per_replica": plan.capacity,
             "predicted": summarise(plan.chosen.result),
-            "deployment": deployment_settings(plan.chosen, config),
+            "deployment": deployment_settings(plan.chosen, config, target),
         },
         "candidates": [
             _describe_option(candidate)
@@ -115,7 +116,7 @@ def describe(plan: Plan, config: PlanConfig, target: Target, *, num_requests: in
     }
 
 
-def deployment_settings(option: Option, config: PlanConfig) -> dict[str, object]:
+def deployment_settings(option: Option, config: PlanConfig, target: Target) -> dict[str, object]:
     """Return the application of a deployment file that has a plan's replicas."""
     decoder, hardware = find_model(config.model), find_hardware(config.hardware)
     args: dict[str, object] = {
@@ -123,11 +124,12 @@ def deployment_settings(option: Option, config: PlanConfig) -> dict[str, object]
         "device": "cpu" if config.hardware == "cpu" else "cuda",
         "dtype": "bfloat16" if hardware.itemsize == 2 else "float32",
         "max_model_len": config.max_model_len,
-        "block_size": BLOCK_SIZE,
+        "block_size": DEFAULT_BLOCK_SIZE,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "tensor_parallel_size": option.parallelism.tensor_parallel_size,
         "pipeline_parallel_size": option.parallelism.pipeline_parallel_size,
         "scheduler": {"token_budget": option.token_budget, "max_num_seqs": config.max_num_seqs},
+        "slo": {"tbt_s": target.criteria.p99_tbt_s},
     }
     if config.max_model_len > decoder.max_model_len:
         # More than the model was trained for, which was asked for in so many words.
@@ -141,9 +143,9 @@ def deployment_settings(option: Option, config: PlanConfig) -> dict[str, object]
     }
 
 
-def deployment_yaml(option: Option, config: PlanConfig) -> str:
+def deployment_yaml(option: Option, config: PlanConfig, target: Target) -> str:
     """Return `deployment_settings` as it stands in a file."""
-    return yaml.safe_dump({"applications": [deployment_settings(option, config)]}, sort_keys=False)
+    return yaml.safe_dump({"applications": [deployment_settings(option, config, target)]}, sort_keys=False)
 
 
 def _rows(plan: Plan) -> list[str]:

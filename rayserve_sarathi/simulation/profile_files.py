@@ -1,7 +1,7 @@
-"""Measured operator times in CSV files: the format.
+"""Measured operator times in CSV or Parquet files: the format.
 
 A file holds what was measured of one model on one kind of device with one `tensor_parallel_size`, and is named
-`<hardware>-<model>-tp<size>.csv`, for instance `a100-yi-34b-tp2.csv`. Its columns are
+`<hardware>-<model>-tp<size>.csv` (or `.parquet`), for instance `a100-yi-34b-tp2.csv`. Its columns are
 
 | column      | unit | meaning                                                                        |
 |-------------|------|--------------------------------------------------------------------------------|
@@ -29,11 +29,12 @@ and its operators are
 """
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rayserve_sarathi.errors import ConfigError
+from rayserve_sarathi.registry import import_object
 
 COLUMNS = ("operator", "size", "context_len", "work", "time_us")
 LAYER_MATRICES = ("qkv", "o", "up", "down")
@@ -94,31 +95,21 @@ def make_operator_profile(work: float, points: Iterable[Point]) -> OperatorProfi
 
 
 def read_profile(path: Path) -> Mapping[str, OperatorProfile]:
-    """Read a file of the format above.
+    """Read a file of the format above; one whose name ends in `.parquet` as Parquet.
 
     Raises:
-        ConfigError: The file cannot be read, or is not of the format; the message names the line.
+        ConfigError: The file cannot be read, or is not of the format; the message names the row.
     """
     works: dict[str, float] = {}
     points: dict[str, list[Point]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ConfigError(f"{path}: the columns must be {list(COLUMNS)}, got {reader.fieldnames}")
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                operator = row["operator"]
-                if operator not in REQUIRED + OPTIONAL:
-                    raise ConfigError(
-                        f"{where}: unknown operator {operator!r}; use one of {sorted(REQUIRED + OPTIONAL)}"
-                    )
-                work, point = _parse(row, where)
-                if works.setdefault(operator, work) != work:
-                    raise ConfigError(f"{where}: work of {operator} is {work}, but {works[operator]} before")
-                points.setdefault(operator, []).append(point)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"profile {path} cannot be read: {error}") from None
+    for where, row in _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path):
+        operator = row["operator"]
+        if operator not in REQUIRED + OPTIONAL:
+            raise ConfigError(f"{where}: unknown operator {operator!r}; use one of {sorted(REQUIRED + OPTIONAL)}")
+        work, point = _parse(row, where)
+        if works.setdefault(operator, work) != work:
+            raise ConfigError(f"{where}: work of {operator} is {work}, but {works[operator]} before")
+        points.setdefault(operator, []).append(point)
     if missing := [operator for operator in REQUIRED if operator not in points]:
         raise ConfigError(f"{path} has no rows of {missing}; measure them too")
     return {operator: make_operator_profile(works[operator], points[operator]) for operator in points}
@@ -133,6 +124,38 @@ def write_profile(path: Path, profile: Mapping[str, OperatorProfile]) -> None:
             for point in measured.points:
                 time_us = f"{point.time_s * 1e6:.4f}"
                 writer.writerow([operator, point.size, point.context_len, f"{measured.work:.12g}", time_us])
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Yield each row of a file with the place where it stands."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            _check_columns(path, reader.fieldnames or ())
+            for row in reader:
+                yield f"{path}, line {reader.line_num}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"profile {path} cannot be read: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Yield the same of a Parquet file, whose numbers come as text, too."""
+    try:
+        read_table = import_object("pyarrow.parquet:read_table")
+    except ImportError as error:
+        raise ConfigError(f"{path} needs pyarrow; pip install 'rayserve_sarathi[parquet]'") from error
+    try:
+        table = read_table(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"profile {path} cannot be read: {error}") from None
+    _check_columns(path, table.column_names)
+    for index, row in enumerate(table.to_pylist()):
+        yield f"{path}, row {index + 1}", {column: str(value) for column, value in row.items()}
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    if tuple(columns) != COLUMNS:
+        raise ConfigError(f"{path}: the columns must be {list(COLUMNS)}, got {list(columns)}")
 
 
 def _parse(row: Mapping[str, str], where: str) -> tuple[float, Point]:

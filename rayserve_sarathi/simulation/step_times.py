@@ -65,8 +65,9 @@ def find_profile(
         ConfigError: There is neither, or it is malformed.
     """
     name = profile_name(hardware.name, model, tensor_parallel_size=tensor_parallel_size)
-    if (path := folder / name).is_file():
-        return read_profile(path)
+    for path in (folder / name, (folder / name).with_suffix(".parquet")):
+        if path.is_file():
+            return read_profile(path)
     if has_public_profiles(folder):
         return convert_public_profiles(folder, model, hardware, tensor_parallel_size=tensor_parallel_size)
     raise ConfigError(f"{folder} has neither {name} nor the public profiles; see the module profile_files")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rayserve_sarathi.config import SchedulerConfig, SloConfig
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE, SchedulerConfig, SloConfig
 from rayserve_sarathi.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class SystemConfig:
     pipeline_parallel_size: int = 1
     profiles: Path | None = None
     max_model_len: int = 8192
-    block_size: int = 16
+    block_size: int = DEFAULT_BLOCK_SIZE
     num_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -101,7 +101,7 @@ def test_a_device_without_tiles_is_interpolated_between_measured_sizes(tmp_path:
 
 
 def test_what_is_measured_is_a_profile_that_predicts(clock: StageClock, tmp_path: Path):
-    profile = measure_profile(clock, GRID, block_size=16, note=lambda text: None)
+    profile = measure_profile(clock, GRID, note=lambda text: None)
     write_profile(tmp_path / PATH, profile)
 
     read = read_profile(tmp_path / PATH)
@@ -112,7 +112,7 @@ def test_what_is_measured_is_a_profile_that_predicts(clock: StageClock, tmp_path
     assert [point.size for point in read["up"].points] == [1, 2, 4, 16, 32]
     assert all(point.time_s > 0 for point in read["chunk_attention"].points)
     model = make_step_time_model(MODEL, "cpu", source="profile", profiles=tmp_path)
-    checks = check_profile(clock, model, profile, GRID, block_size=16, note=lambda text: None)
+    checks = check_profile(clock, model, profile, GRID, note=lambda text: None)
     assert {(check.num_decodes, check.query_len) for check in checks} == {(2, 8), (2, 16)}
     assert all(check.measured_s > 0 and check.predicted_s > 0 for check in checks)
 

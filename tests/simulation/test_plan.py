@@ -1,10 +1,12 @@
 """The plan with the fewest devices: simulated with few requests, so that figures are right only in their order."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from rayserve_sarathi.config import AppConfig, parse
 from rayserve_sarathi.deployment_file import read_deployment
@@ -172,7 +174,7 @@ def test_a_run_with_hardly_more_requests_than_are_open_at_once_is_not_to_be_trus
 def test_the_deployment_file_is_one_that_the_application_takes(plan: Plan, tmp_path: Path):
     assert plan.chosen is not None
     path = tmp_path / "plan.yaml"
-    path.write_text(deployment_yaml(plan.chosen, CONFIG))
+    path.write_text(deployment_yaml(plan.chosen, CONFIG, target(RELAXED)))
 
     (application,) = read_deployment(path)
     assert application.args is not None
@@ -182,12 +184,29 @@ def test_the_deployment_file_is_one_that_the_application_takes(plan: Plan, tmp_p
     assert engine.tensor_parallel_size == plan.chosen.parallelism.tensor_parallel_size
     assert engine.pipeline_parallel_size == plan.chosen.parallelism.pipeline_parallel_size
     assert engine.scheduler.token_budget == plan.chosen.token_budget
+    assert engine.slo.tbt_s == RELAXED
     assert not engine.hf_overrides
+
+
+def test_a_budget_of_auto_keeps_targets_for_which_a_fixed_one_needs_more_devices():
+    limits = target(0.3)
+    fixed = make_plan(replace(CONFIG, token_budgets=(256, 1024)), WORKLOAD, limits)
+    config = replace(CONFIG, token_budgets=(256, 1024, "auto"))
+    plan = make_plan(config, WORKLOAD, limits)
+
+    assert plan.chosen is not None
+    assert plan.chosen.token_budget == "auto"
+    assert num_gpus(plan) < num_gpus(fixed)
+    assert limits.are_met(plan.chosen.result)
+    text = render(plan, config, limits, num_requests=64)
+    assert re.search(r"^ +1 +2 +auto .*<- chosen$", text, re.M)
+    settings = yaml.safe_load(deployment_yaml(plan.chosen, config, limits))["applications"][0]["args"]
+    assert (settings["scheduler"]["token_budget"], settings["slo"]) == ("auto", {"tbt_s": 0.3})
 
 
 def test_more_tokens_than_the_model_has_positions_are_overridden_in_the_file(plan: Plan):
     assert plan.chosen is not None
-    text = deployment_yaml(plan.chosen, replace(CONFIG, max_model_len=8192))
+    text = deployment_yaml(plan.chosen, replace(CONFIG, max_model_len=8192), target(RELAXED))
 
     assert "hf_overrides:\n      max_position_embeddings: 8192\n" in text
 
@@ -197,7 +216,8 @@ def test_more_tokens_than_the_model_has_positions_are_overridden_in_the_file(pla
     [
         ({"rate": 0.0}, "rate must be a number of requests a second greater than 0, got 0"),
         ({"max_gpus": 0}, "max_gpus must be at least 1, got 0"),
-        ({"token_budgets": ()}, r"token_budgets must be numbers of at least 1, got \[\]"),
+        ({"token_budgets": ()}, r"token_budgets must be numbers of at least 1 or auto, got \[\]"),
+        ({"token_budgets": (0, "auto")}, r"token_budgets must be numbers of at least 1 or auto, got \[0, 'auto'\]"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be greater than 0 and at most 1, got 1.5"),
     ],
 )

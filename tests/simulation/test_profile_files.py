@@ -1,8 +1,12 @@
 """The format of measured profiles, and models made from it."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 from rayserve_sarathi.errors import ConfigError
@@ -137,6 +141,37 @@ def test_a_malformed_file_is_an_error_that_names_the_line(tmp_path: Path, text: 
     path.write_text(text)
 
     with pytest.raises(ConfigError, match=problem):
+        read_profile(path)
+
+
+def test_a_parquet_file_says_the_same(folder: Path):
+    parallel = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    step = StepShape(num_decodes=64, decode_context_tokens=64 * 100, chunks=((192, 64),), num_samples=64)
+    by_csv = make_step_time_model("llama3-8b", "a100", source="profile", profiles=folder, **parallel)
+    path = folder / "a100-llama3-8b-tp2.csv"
+    pyarrow.parquet.write_table(pyarrow.csv.read_csv(path), path.with_suffix(".parquet"))
+    path.unlink()
+    by_parquet = make_step_time_model("llama3-8b", "a100", source="profile", profiles=folder, **parallel)
+
+    assert by_parquet.parts_s(step) == by_csv.parts_s(step)
+
+
+def test_a_malformed_parquet_file_is_an_error_that_names_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "profile.parquet"
+    row = {"operator": "qkv", "size": 1, "context_len": 0, "work": 1.0, "time_us": 1.0}
+    for rows, problem in [
+        ([row, {**row, "time_us": -1.0}], "row 2: size 1, context_len 0 and time_us -1"),
+        ([row, {**row, "size": None}], "row 2: invalid literal"),
+        ([{"operator": "qkv"}], "the columns must be"),
+    ]:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        with pytest.raises(ConfigError, match=problem):
+            read_profile(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_profile(path)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rayserve_sarathi\[parquet\]'"):
         read_profile(path)
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+from rayserve_sarathi.config import TokenBudget
 from rayserve_sarathi.simulation.capacity import find_capacity
 from rayserve_sarathi.simulation.criteria import Criteria
-from rayserve_sarathi.simulation.figures.experiment import Experiment, TokenBudget
+from rayserve_sarathi.simulation.figures.experiment import Experiment
 from rayserve_sarathi.simulation.figures.machine import reference_decode_s
 from rayserve_sarathi.simulation.result import SimulationResult
 

@@ -1,9 +1,8 @@
 """Simulated runs of a machine under one policy or another, on the same traffic."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from rayserve_sarathi.config import SchedulerConfig, SloConfig
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE, SchedulerConfig, SloConfig, TokenBudget
 from rayserve_sarathi.simulation.cost_model import CostModel
 from rayserve_sarathi.simulation.criteria import Criteria
 from rayserve_sarathi.simulation.figures.machine import interval_s
@@ -13,9 +12,6 @@ from rayserve_sarathi.simulation.system import SimulatedSystem
 from rayserve_sarathi.simulation.workload import Lengths, LognormalLengths, Workload, make_workload
 from rayserve_sarathi.step_shape import StepShape
 
-TokenBudget = int | Literal["auto"]
-
-BLOCK_SIZE = 16
 _MAX_NUM_SEQS = 128
 _MAX_NUM_RESERVING = 16
 _SAMPLE_SIZE = 256
@@ -31,7 +27,7 @@ class Experiment:
 
     Args:
         model: Times of its steps.
-        num_blocks: KV blocks of `BLOCK_SIZE` tokens.
+        num_blocks: KV blocks of 16 tokens.
         max_model_len: Most tokens of a request; longer ones are left out of the traffic.
         lengths: Of requests.
         seed: Of lengths and arrivals.
@@ -76,7 +72,7 @@ class Experiment:
         system = SimulatedSystem(
             self.model,
             num_blocks=self.num_blocks,
-            block_size=BLOCK_SIZE,
+            block_size=DEFAULT_BLOCK_SIZE,
             max_model_len=self.max_model_len,
             scheduler=SchedulerConfig(
                 policy=policy,
@@ -97,7 +93,7 @@ class Experiment:
         prompt_len = float(sample.num_prompt_tokens.mean())
         output_len = float(sample.num_output_tokens.mean())
         context_len = int(prompt_len + output_len / 2)
-        num_running = min(_MAX_NUM_SEQS, self.num_blocks * BLOCK_SIZE // context_len)
+        num_running = min(_MAX_NUM_SEQS, self.num_blocks * DEFAULT_BLOCK_SIZE // context_len)
         num_decodes = max(1, min(int(token_budget * output_len / (prompt_len + output_len)), num_running))
         step = StepShape(
             num_decodes=num_decodes,

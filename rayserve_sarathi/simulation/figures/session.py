@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rayserve_sarathi.config import DEFAULT_BLOCK_SIZE
 from rayserve_sarathi.errors import ConfigError
 from rayserve_sarathi.registry import import_object
 from rayserve_sarathi.simulation.cost_model import CostModel
@@ -21,7 +22,7 @@ from rayserve_sarathi.simulation.figures.capacities import (
     capacity_curves,
 )
 from rayserve_sarathi.simulation.figures.chunking import ChunkingSeries, chunking
-from rayserve_sarathi.simulation.figures.experiment import BLOCK_SIZE, Experiment
+from rayserve_sarathi.simulation.figures.experiment import Experiment
 from rayserve_sarathi.simulation.figures.linear_layers import LinearLayerSeries, linear_layers
 from rayserve_sarathi.simulation.figures.machine import Machine
 from rayserve_sarathi.simulation.figures.operators import OperatorSeries, time_by_operator
@@ -84,7 +85,7 @@ class FigureSettings:
         """
         return Experiment(
             model=machine.step_times(),
-            num_blocks=machine.num_kv_blocks(BLOCK_SIZE),
+            num_blocks=machine.num_kv_blocks(DEFAULT_BLOCK_SIZE),
             max_model_len=self.max_model_len,
             lengths=SHAREGPT_LENGTHS if self.trace is None else read_trace(self.trace),
             seed=self.seed,

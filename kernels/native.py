@@ -34,6 +34,7 @@ _SIGNATURES = {
     "sarathi_rms_norm": "pppppllf",
     "sarathi_rotary": "plpplii",
     "sarathi_silu_mul": "ppll",
+    "sarathi_draw": "pllpppppp",
     "sarathi_layers": "pipppp",
 }
 """The types of each kernel's arguments, in order; see csrc/cpu.cpp."""

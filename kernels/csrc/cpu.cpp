@@ -51,32 +51,34 @@ INLINE Vector load(const bfloat16* from) {
 
 INLINE void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
 
-// The threads of a parallel region. They meet at a barrier of their own: OpenMP's lets a thread sleep at once where the
-// process has more threads than cores, and waking it takes longer than most of what is done between two barriers.
-class Team {
+// Something to do in parts, which the threads of a parallel region take one after the other. Whoever finds none left waits
+// for those that are being done, and for nobody else: a thread that has lost its core to another process is not waited
+// for unless it has a part. OpenMP's own barriers wait for all, and let threads sleep at once where the process has more
+// of them than cores, and waking one takes longer than most of what is done between two barriers.
+class Work {
   public:
-    explicit Team(int size) : size(size) {}
-
-    void meet() {
-        const int round = rounds.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-            arrived.store(0, std::memory_order_relaxed);
-            rounds.store(round + 1, std::memory_order_release);
-            return;
+    // Calls `run(first, end)` for parts of [0, count), `grain` long, until all of it is done.
+    template <class F>
+    void share(int64_t count, int64_t grain, F run) {
+        for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < count;) {
+            const int64_t end = std::min(first + grain, count);
+            run(first, end);
+            done.fetch_add(end - first, std::memory_order_release);
         }
         // Some 100 us; then whoever else wants the core may have it.
-        for (int spins = 0; rounds.load(std::memory_order_acquire) == round; spins++)
+        for (int spins = 0; done.load(std::memory_order_acquire) < count; spins++)
             if (spins >= 4096) std::this_thread::yield();
 #ifdef __x86_64__
             else __builtin_ia32_pause();
 #endif
     }
 
-    const int size;
-
   private:
-    std::atomic<int> arrived{0}, rounds{0};
+    std::atomic<int64_t> next{0}, done{0};
 };
+
+// Length of parts that are few enough to be worth taking, and many enough for all threads to end together.
+INLINE int64_t grain_of(int64_t count, int num_threads) { return std::max<int64_t>(1, count / (num_threads * 8)); }
 
 INLINE Vector broadcast(float value) { return Vector{} + value; }
 
@@ -318,22 +320,20 @@ std::vector<Task> make_tasks(const Step& step, const Cache& cache, int num_reque
 // Numbers that `attend` needs of its own.
 int64_t buffer_size(int head_size) { return ROWS * (2 * head_size + KEYS + 2); }
 
-// Takes tasks until there are none; each thread calls this.
+// Each thread calls this.
 template <class T>
-void attend_some(const Step& step, const Cache& cache, const std::vector<Task>& tasks, std::atomic<int64_t>& next,
-                 float* buffer) {
-    for (int64_t task; (task = next.fetch_add(1)) < (int64_t)tasks.size();)
-        attend<T>(step, cache, tasks[task], buffer);
+void attend_some(const Step& step, const Cache& cache, const std::vector<Task>& tasks, Work& work, float* buffer) {
+    work.share(tasks.size(), 1, [&](int64_t task, int64_t) { attend<T>(step, cache, tasks[task], buffer); });
 }
 
 template <class T>
 void attend_all(const Step& step, const Cache& cache, int num_requests) {
     const std::vector<Task> tasks = make_tasks(step, cache, num_requests);
-    std::atomic<int64_t> next{0};
+    Work work;
 #pragma omp parallel num_threads(std::min<int>(omp_get_max_threads(), tasks.size()))
     {
         std::vector<float> buffer(buffer_size(cache.head_size));
-        attend_some<T>(step, cache, tasks, next, buffer.data());
+        attend_some<T>(step, cache, tasks, work, buffer.data());
     }
 }
 
@@ -423,14 +423,13 @@ void multiply_panel(const float* x, int64_t num_rows, int64_t num_inputs, const 
     }
 }
 
-// Takes panels until there are none; each of the threads calls this.
+// Each of the threads calls this.
 void multiply_some(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, int64_t num_outputs,
-                   const float* bias, float* y, std::atomic<int64_t>& next, int num_threads) {
+                   const float* bias, float* y, Work& work, int num_threads) {
     const int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
-    const int64_t share = std::max<int64_t>(1, num_panels / (num_threads * 8));
     std::vector<float> last(num_outputs % PANEL ? num_rows * PANEL : 0);
-    for (int64_t first; (first = next.fetch_add(share)) < num_panels;)
-        for (int64_t index = first; index < std::min(first + share, num_panels); index++) {
+    work.share(num_panels, grain_of(num_panels, num_threads), [&](int64_t first, int64_t end) {
+        for (int64_t index = first; index < end; index++) {
             const int64_t output = index * PANEL, width = std::min<int64_t>(PANEL, num_outputs - output);
             float start[PANEL] = {};
             if (bias) std::memcpy(start, bias + output, sizeof(float) * width);
@@ -443,14 +442,15 @@ void multiply_some(const float* x, int64_t num_rows, int64_t num_inputs, const f
             for (int64_t r = 0; r < num_rows; r++)
                 std::memcpy(y + r * num_outputs + output, last.data() + r * PANEL, sizeof(float) * width);
         }
+    });
 }
 
 void multiply_all(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, int64_t num_outputs,
                   const float* bias, float* y) {
     const int num_threads = num_rows * num_inputs * num_outputs < 1 << 15 ? 1 : omp_get_max_threads();
-    std::atomic<int64_t> next{0};
+    Work work;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    multiply_some(x, num_rows, num_inputs, panels, num_outputs, bias, y, next, num_threads);
+    multiply_some(x, num_rows, num_inputs, panels, num_outputs, bias, y, work, num_threads);
 }
 
 // ---- what is done to each row
@@ -503,6 +503,97 @@ INLINE void for_rows(int64_t num_rows, int64_t row_size, F run) {
     for (int64_t row = 0; row < num_rows; row++) run(row);
 }
 
+// ---- sampling
+//
+// As the Triton kernel in sampling.py: of numbers that are not negative, those with the larger bits are larger, so halving
+// the bits between 0 and 1 finds the thresholds of top_k and top_p exactly, ties included.
+
+typedef int32_t IntVector __attribute__((vector_size(4 * LANES)));
+typedef double DoubleVector __attribute__((vector_size(8 * LANES)));
+
+constexpr int32_t ABOVE_ONE = 0x3F800001;  // bits of the number after 1
+constexpr int64_t CDF_BLOCK = 16 * LANES;
+
+INLINE int32_t bits_of(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// The sum of the weights whose bits are `least` or more; the size is a multiple of the lanes.
+double mass_of(const float* weights, int64_t size, int32_t least) {
+    DoubleVector sums = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Vector weight = load(weights + i);
+        sums += __builtin_convertvector((IntVector)weight >= least ? weight : Vector{}, DoubleVector);
+    }
+    double sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+    return sum;
+}
+
+int64_t count_of(const float* weights, int64_t size, int32_t least) {
+    IntVector counts = {};
+    for (int64_t i = 0; i < size; i += LANES) counts -= (IntVector)load(weights + i) >= least;
+    int64_t count = 0;
+    for (int lane = 0; lane < LANES; lane++) count += counts[lane];
+    return count;
+}
+
+// The largest bits, from `low` on, of which `is_enough` says so.
+template <class F>
+INLINE int32_t halve(int32_t low, F is_enough) {
+    for (int32_t high = ABOVE_ONE; high - low > 1;) {
+        const int32_t middle = low + (high - low) / 2;
+        (is_enough(middle) ? low : high) = middle;
+    }
+    return low;
+}
+
+// `weights` has room for the row in whole vectors.
+int32_t draw_row(const float* logits, int64_t vocab_size, float temperature, int32_t top_k, float top_p, float min_p,
+                 double u, float* weights) {
+    const int64_t size = (vocab_size + LANES - 1) / LANES * LANES;
+    std::memcpy(weights, logits, sizeof(float) * vocab_size);
+    std::fill(weights + vocab_size, weights + size, -INFINITE);
+    Vector largest = load(weights);
+    for (int64_t i = LANES; i < size; i += LANES) {
+        const Vector other = load(weights + i);
+        largest = other > largest ? other : largest;
+    }
+    float most = largest[0];
+    for (int lane = 1; lane < LANES; lane++) most = std::max(most, largest[lane]);
+    if (!(temperature > 0)) return std::find(logits, logits + vocab_size - 1, most) - logits;
+
+    // Subtracted before the division: a tiny temperature then gives minus infinity and not NaN.
+    for (int64_t i = 0; i < size; i += LANES)
+        store(weights + i, exp2_of_negative((load(weights + i) - most) / temperature * LOG2_E));
+    int32_t kth = 0, lowest = 0;
+    if (top_k > 0 && top_k < vocab_size)
+        kth = halve(0, [&](int32_t bits) { return count_of(weights, size, bits) >= top_k; });
+    if (top_p < 1) {
+        const double wanted = top_p * mass_of(weights, size, kth);
+        lowest = halve(kth, [&](int32_t bits) { return mass_of(weights, size, bits) >= wanted; });
+    }
+    const int32_t least = std::max({bits_of(min_p), kth, lowest});  // the most likely token has weight 1
+
+    const double target = u * mass_of(weights, size, least);
+    double before = 0, before_block = 0;
+    int64_t block = 0;
+    for (int64_t first = 0; first < size; first += CDF_BLOCK) {
+        const double here = mass_of(weights + first, std::min(CDF_BLOCK, size - first), least);
+        if (here > 0) block = first, before_block = before;
+        before += here;
+        if (before > target) break;
+    }
+    // The block's own cumulation may round to less than its part of the whole one: then it is the last that adds to it.
+    int64_t token = block;
+    for (int64_t i = block; i < std::min(block + CDF_BLOCK, size) && before_block <= target; i++)
+        if (const double after = before_block + weights[i]; bits_of(weights[i]) >= least && after > before_block)
+            token = i, before_block = after;
+    return token;
+}
+
 // ---- whole layers
 //
 // The kernels above one after the other, as models/layers.py orders them, but in one parallel region for all layers: a
@@ -526,7 +617,7 @@ struct LayerStep {
     int64_t num_tokens, num_new_blocks, num_requests, table_stride;
 };
 
-constexpr int PHASES = 5;  // of a layer, in which threads take what is next
+constexpr int PHASES = 9;  // of a layer: each begins when the one before is done
 
 struct Scratch {
     float *x, *qkv, *attention, *delta, *up, *activated;
@@ -547,60 +638,53 @@ struct Scratch {
     }
 };
 
+// Each of the threads calls this.
 void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const LayerStep& step,
-               const std::vector<Task>& tasks, const Scratch& scratch, float* hidden, bool is_first, Team& team,
-               int thread, std::atomic<int64_t>* next, float* buffer) {
+               const std::vector<Task>& tasks, const Scratch& scratch, float* hidden, bool is_first, int num_threads,
+               Work* phase, float* buffer) {
     const int64_t D = sizes.hidden_size, F = sizes.intermediate_size, H = sizes.head_size, T = step.num_tokens;
     const int64_t heads = sizes.num_heads * H, kv = sizes.num_kv_heads * H, row_size = heads + 2 * kv;
-    auto mine = [&](int64_t count, auto run) {
-        for (int64_t i = count * thread / team.size; i < count * (thread + 1) / team.size; i++) run(i);
-    };
-    auto multiply = [&](const float* x, int64_t inputs, const float* panels, int64_t outputs, const float* bias,
-                        float* y, int phase) {
-        multiply_some(x, T, inputs, panels, outputs, bias, y, next[phase], team.size);
-        team.meet();
-    };
-    auto norm = [&](const float* weight, bool has_delta) {
-        mine(T, [&](int64_t token) {
-            float *row = hidden + token * D, *delta = scratch.delta + token * D, *x = scratch.x + token * D;
-            if (has_delta)
-                norm_row(delta, row, weight, x, row, D, sizes.eps);
-            else
-                norm_row(row, nullptr, weight, x, nullptr, D, sizes.eps);
+    auto for_each = [&](int64_t count, auto run) {
+        phase++->share(count, grain_of(count, num_threads), [&](int64_t first, int64_t end) {
+            for (int64_t i = first; i < end; i++) run(i);
         });
     };
+    auto multiply = [&](const float* x, int64_t inputs, const float* panels, int64_t outputs, const float* bias,
+                        float* y) { multiply_some(x, T, inputs, panels, outputs, bias, y, *phase++, num_threads); };
+    auto norm = [&](int64_t token, const float* weight, bool has_delta) {
+        float *row = hidden + token * D, *delta = scratch.delta + token * D, *x = scratch.x + token * D;
+        if (has_delta)
+            norm_row(delta, row, weight, x, row, D, sizes.eps);
+        else
+            norm_row(row, nullptr, weight, x, nullptr, D, sizes.eps);
+    };
 
-    mine(step.num_new_blocks, [&](int64_t index) {
+    for_each(T + step.num_new_blocks, [&](int64_t i) {
+        if (i < T) return norm(i, weights.input_norm, !is_first);
         for (float* pool : {weights.keys, weights.values})
-            clear_block(pool, step.new_blocks[index], kv * sizes.block_size);
+            clear_block(pool, step.new_blocks[i - T], kv * sizes.block_size);
     });
-    norm(weights.input_norm, !is_first);
-    team.meet();
-    multiply(scratch.x, D, weights.qkv, row_size, weights.qkv_bias, scratch.qkv, 0);
-    mine(T, [&](int64_t token) {
+    multiply(scratch.x, D, weights.qkv, row_size, weights.qkv_bias, scratch.qkv);
+    for_each(T, [&](int64_t token) {
         float* row = scratch.qkv + token * row_size;
         const int64_t angle = token * H / 2;
         rotate_token(row, step.cos + angle, step.sin + angle, sizes.num_heads + sizes.num_kv_heads, H);
         write_token(row + heads, row + heads + kv, weights.keys, weights.values, step.slots[token], sizes.num_kv_heads,
                     H, sizes.block_size);
     });
-    team.meet();
     const Step attention = {scratch.qkv,   row_size,             scratch.attention, step.cu_query_lens,
                             step.seq_lens, (int)sizes.num_heads, sizes.scale,       (int)weights.window};
     const Cache cache = {weights.keys,      weights.values,          step.block_tables, step.table_stride,
                          (int)sizes.num_kv_heads, (int)H, (int)sizes.block_size};
-    attend_some<float>(attention, cache, tasks, next[1], buffer);
-    team.meet();
-    multiply(scratch.attention, heads, weights.o, D, weights.o_bias, scratch.delta, 2);
-    norm(weights.mlp_norm, true);
-    team.meet();
-    multiply(scratch.x, D, weights.up, 2 * F, weights.up_bias, scratch.up, 3);
-    mine(T, [&](int64_t token) {
+    attend_some<float>(attention, cache, tasks, *phase++, buffer);
+    multiply(scratch.attention, heads, weights.o, D, weights.o_bias, scratch.delta);
+    for_each(T, [&](int64_t token) { norm(token, weights.mlp_norm, true); });
+    multiply(scratch.x, D, weights.up, 2 * F, weights.up_bias, scratch.up);
+    for_each(T, [&](int64_t token) {
         const float* gate = scratch.up + token * 2 * F;
         silu_row(gate, gate + F, scratch.activated + token * F, F);
     });
-    team.meet();
-    multiply(scratch.activated, F, weights.down, D, weights.down_bias, scratch.delta, 4);
+    multiply(scratch.activated, F, weights.down, D, weights.down_bias, scratch.delta);
 }
 
 }  // namespace
@@ -676,6 +760,20 @@ void sarathi_silu_mul(const float* gate_up, float* y, int64_t num_rows, int64_t 
     });
 }
 
+// A token for each row of logits, [n, V] float32; see draw in cpu_sampling.py.
+void sarathi_draw(const float* logits, int64_t num_rows, int64_t vocab_size, const float* temperature,
+                  const int32_t* top_k, const float* top_p, const float* min_p, const double* u, int32_t* token_ids) {
+    Work work;
+#pragma omp parallel if (num_rows > 1 && num_rows * vocab_size > 1 << 15)
+    {
+        std::vector<float> weights(vocab_size + LANES);
+        work.share(num_rows, 1, [&](int64_t row, int64_t) {
+            token_ids[row] = draw_row(logits + row * vocab_size, vocab_size, temperature[row], top_k[row], top_p[row],
+                                      min_p[row], u[row], weights.data());
+        });
+    }
+}
+
 // Numbers of scratch that `sarathi_layers` needs for each token.
 int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_each(*sizes); }
 
@@ -687,23 +785,19 @@ void sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes
     const Cache cache = {nullptr, nullptr, nullptr, 0, (int)sizes->num_kv_heads, (int)sizes->head_size,
                          (int)sizes->block_size};
     const std::vector<Task> tasks = make_tasks(shape, cache, step->num_requests);
-    std::vector<std::atomic<int64_t>> next(num_layers * PHASES);
-    for (auto& each : next) each = 0;
-    // Team's size must be that of the region: with fewer threads than asked for they would wait for ever.
-    Team* team = nullptr;
+    std::vector<Work> phases(num_layers * PHASES);
+    Work last;
 #pragma omp parallel
     {
-#pragma omp single
-        team = new Team(omp_get_num_threads());
-        const int thread = omp_get_thread_num();
+        const int num_threads = omp_get_num_threads();
         std::vector<float> buffer(buffer_size(sizes->head_size));
         for (int layer = 0; layer < num_layers; layer++)
-            run_layer(layers[layer], *sizes, *step, tasks, scratch, hidden, layer == 0, *team, thread,
-                      &next[layer * PHASES], buffer.data());
+            run_layer(layers[layer], *sizes, *step, tasks, scratch, hidden, layer == 0, num_threads,
+                      &phases[layer * PHASES], buffer.data());
         const int64_t count = step->num_tokens * sizes->hidden_size;
-        for (int64_t i = count * thread / team->size; i < count * (thread + 1) / team->size; i++)
-            hidden[i] += scratch.delta[i];
+        last.share(count, grain_of(count, num_threads), [&](int64_t first, int64_t end) {
+            for (int64_t i = first; i < end; i++) hidden[i] += scratch.delta[i];
+        });
     }
-    delete team;
 }
 }

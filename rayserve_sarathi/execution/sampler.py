@@ -6,7 +6,8 @@ last three keeps the tokens above a threshold, ties included, so none depends on
 Dimensions: S requests that sample a token; n of them at hand; V vocabulary; C most likely tokens that are looked at.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from rayserve_sarathi.execution.logprobs import token_logprobs
 from rayserve_sarathi.execution.uniform import uniforms
+from rayserve_sarathi.kernels import cpu_sampling
 from rayserve_sarathi.kernels.gpu import on_device, sampling_for
+from rayserve_sarathi.kernels.native import kernels_for
 from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import Int32Array, LogitBias, StepInput, TokenHistory
 
@@ -119,10 +122,16 @@ def sample(logits: Tensor, step: StepInput) -> Sampling:
     u = np.zeros(len(sampling))
     if settings["temperature"].any():
         u = uniforms(sampling["seed"], (step.context_lens + step.query_lens)[step.sample_requests])
-    kernel = sampling_for(logits)
-    token_ids = (draw if kernel is None else kernel.draw)(logits, **settings, u=u)
+    token_ids = _drawing_for(logits)(logits, **settings, u=u)
     num_logprobs = sampling["num_logprobs"][asked].tolist()
     return Sampling(token_ids, is_bad, raw_logprobs=raw_logprobs, asked=asked, num_logprobs=num_logprobs)
+
+
+def _drawing_for(logits: Tensor) -> Callable[..., Tensor]:
+    kernel = sampling_for(logits)
+    if kernel is not None:
+        return cast("Callable[..., Tensor]", kernel.draw)
+    return draw if kernels_for(logits) is None else cpu_sampling.draw
 
 
 def _add_bias(logits: Tensor, bias: LogitBias) -> None:
@@ -161,7 +170,7 @@ def draw(
     min_p: npt.NDArray[np.float32],
     u: npt.NDArray[np.float64],
 ) -> Tensor:
-    """Return a token id for each row, [n] int64; see `kernels.sampling.draw`, which does the same on a GPU."""
+    """Return a token id for each row, [n] int64; see `kernels.sampling.draw`: where there are no kernels."""
     is_random = temperature > 0
     if not is_random.any():
         return _argmax(logits)

@@ -1,12 +1,13 @@
-"""Triton's sampler beside the plain one, in its interpreter (see conftest.py)."""
+"""The samplers in Triton, in its interpreter (see conftest.py), and in C++ beside the plain one."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from rayserve_sarathi.execution.sampler import draw as plain_draw
-
-sampling = pytest.importorskip("rayserve_sarathi.kernels.sampling", reason="there is no Triton")
+from rayserve_sarathi.kernels import cpu_sampling
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -29,39 +30,60 @@ def columns(settings: dict[str, float], num_rows: int) -> dict[str, np.ndarray]:
     return {name: np.full(num_rows, defaults[name], dtype=types[name]) for name in types}
 
 
+@pytest.fixture(params=["triton", "cpp"])
+def draw(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor]:
+    if request.param == "cpp":
+        return cpu_sampling.draw
+    module = pytest.importorskip("rayserve_sarathi.kernels.sampling", reason="there is no Triton")
+    drawing: Callable[..., torch.Tensor] = module.draw
+    return drawing
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("vocab_size", [50, 5000])
-def test_it_draws_the_same_tokens(settings: dict[str, float], vocab_size: int) -> None:
+def test_it_draws_the_same_tokens(
+    draw: Callable[..., torch.Tensor], settings: dict[str, float], vocab_size: int
+) -> None:
     num_rows = 12
     logits = 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(3))
     logits[:, 11] = logits[:, 4]  # equals are kept or dropped together
     u = np.random.default_rng(5).random(num_rows)
-    u[0] = 1 - 2.0**-52
+    u[:2] = 0, 1 - 2.0**-52
 
-    drawn = sampling.draw(logits.clone(), **columns(settings, num_rows), u=u)
+    drawn = draw(logits.clone(), **columns(settings, num_rows), u=u)
 
     assert drawn.tolist() == plain_draw(logits.clone(), **columns(settings, num_rows), u=u).tolist()
 
 
-def test_rows_have_settings_of_their_own() -> None:
+def test_rows_have_settings_of_their_own(draw: Callable[..., torch.Tensor]) -> None:
     logits = torch.randn(len(SETTINGS), 60, generator=torch.Generator().manual_seed(3))
     u = np.random.default_rng(6).random(len(SETTINGS))
     each = [columns(settings, 1) for settings in SETTINGS.values()]
     together = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
 
-    drawn = sampling.draw(logits.clone(), **together, u=u)
+    drawn = draw(logits.clone(), **together, u=u)
 
     assert drawn.tolist() == plain_draw(logits.clone(), **together, u=u).tolist()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_a_row_that_is_not_finite_spoils_no_other() -> None:
+def test_a_row_that_is_not_finite_spoils_no_other(draw: Callable[..., torch.Tensor]) -> None:
     logits = torch.randn(3, 60)
     logits[1] = torch.nan
     u = np.array([0.3, 0.3, 0.9])
 
-    drawn = sampling.draw(logits.clone(), **columns({"top_p": 0.9, "top_k": 5}, 3), u=u)
+    drawn = draw(logits.clone(), **columns({"top_p": 0.9, "top_k": 5}, 3), u=u)
 
     logits[1] = 0
     expected = plain_draw(logits, **columns({"top_p": 0.9, "top_k": 5}, 3), u=u)
     assert drawn[[0, 2]].tolist() == expected[[0, 2]].tolist()
+
+
+def test_tokens_without_weight_are_never_drawn(draw: Callable[..., torch.Tensor]) -> None:
+    logits = torch.full((64, 301), -torch.inf)
+    logits[:, [7, 299]] = 0.0
+    u = np.linspace(0, 1 - 2.0**-52, 64)
+
+    drawn = draw(logits, **columns({}, 64), u=u)
+
+    assert drawn.tolist() == [7] * 32 + [299] * 32

@@ -31,7 +31,7 @@ _LOOK_AHEAD_TILES = 2
 _CROWDED_STEPS = 8
 """Where the decodes alone exceed the target, one step in so many computes a tile of a prompt."""
 _EVENNESS = 1.5
-"""How many times as long as the steps before it a step of a pipeline may be, beyond the knee."""
+"""How many times as long as the steps before it a step of a pipeline may be, beyond what uses the device well."""
 _MEAN_STEPS = 16
 
 _Candidate = tuple[int, int]
@@ -89,7 +89,7 @@ class AutoBudget:
         else:
             limit_s = self._limit_s(decodes, load, self._tbt_s, now_s=now_s, is_decoding=is_decoding)
             if self._forecast.num_stages > 1:
-                limit_s = min(limit_s, self._even_s(load))
+                limit_s = min(limit_s, self._even_s(load, most))
             candidates = [
                 (request.num_tokens - request.num_scheduled_tokens, request.num_scheduled_tokens) for request in prompts
             ]
@@ -119,14 +119,15 @@ class AutoBudget:
                 return min(share_s, longest_s)
         return share_s
 
-    def _even_s(self, load: StepLoad) -> float:
+    def _even_s(self, load: StepLoad, most: int) -> float:
         """Return how long a step of a pipeline may be so that the stages behind it need not wait for it.
 
         A step much longer than the others passes the stages one after another while these have nothing to do: steps of
-        equal length make no bubbles (section 5.3 of the paper). Below the knee, more tokens hardly take longer.
+        equal length make no bubbles (section 5.3 of the paper). But a device that is used badly loses more than that.
         """
-        knee_s = self._forecast.step_time.predict_s(load._replace(num_tokens=max(self._knee_tokens(), load.num_tokens)))
-        return max(knee_s, _EVENNESS * self._forecast.mean_period_s)
+        num_tokens = load.num_decodes + self._well_used(most, load.num_decodes)
+        well_used_s = self._forecast.step_time.predict_s(load._replace(num_tokens=num_tokens))
+        return max(well_used_s, _EVENNESS * self._forecast.mean_period_s)
 
     def _largest(self, load: StepLoad, candidates: Sequence[_Candidate], limit_s: float, most: int) -> int:
         """Return the most tokens of `candidates`, one after another, with which a step takes `limit_s` or less."""

@@ -125,6 +125,27 @@ def test_many_decodes_leave_prompts_half_a_tile():
     assert run.first_tokens_s["late"] < run.end_s - 1.0  # by when the others have ended
 
 
+class SmallKnee(WrongModel):
+    """A pipeline of two stages whose steps cost little beside their tokens, but enough that a tile wastes a fifth."""
+
+    num_stages = 2
+
+    def stage_times_s(self, shape: StepShape) -> Sequence[float]:
+        """See `StepTimeModel`."""
+        return [4e-3 + 1.2e-4 * shape.num_tokens] * 2
+
+
+def test_a_pipelines_steps_are_even_but_not_so_short_that_they_waste_the_device():
+    # The prior's knee is at 34 tokens, and decodes make the steps between short: no reason to stay with one tile.
+    model = SmallKnee(1.0)
+    pipeline = {"tbt_s": 1.0, "num_stages": 2, "device": model.stage_times_s}
+    auto = serve("auto", chat_requests(100, rate=4), prior=model, **pipeline)
+
+    fixed = [serve(budget, chat_requests(100, rate=4), **pipeline) for budget in (128, 256, 384, 512, 768)]
+    assert auto.end_s <= 1.03 * min(run.end_s for run in fixed)
+    assert auto.end_s < 0.95 * fixed[0].end_s
+
+
 def test_numbers_of_tiles_that_take_as_long_as_more_are_left_out():
     device = ImaginedDevice(noise=0.01)
 

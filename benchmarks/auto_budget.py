@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from paper import DEPLOYMENTS, MAX_NUM_SEQS, NUM_SEEDS, find_data, find_system_capacity, system_config
+from paper import DEPLOYMENTS, MAX_NUM_SEQS, NUM_SEEDS, find_system_capacity, system_config
 from report import Figure, write_report
 
 from rayserve_sarathi.config import SchedulerConfig, SloConfig
 from rayserve_sarathi.simulation.step_times import make_step_time_model
 from rayserve_sarathi.simulation.system import make_system
 from rayserve_sarathi.step_shape import StepShape, StepTimeModel
+from tests.measured_data import data_folder
 
 CASES = ("mistral-7b/strict", "mistral-7b/relaxed", "yi-34b/strict", "yi-34b/relaxed")
 PIPELINE_CASES = ("falcon-180b/strict", "falcon-180b/relaxed")
@@ -111,7 +112,7 @@ def main() -> None:
     """Search, and write capacities and what `auto` reaches of the best fixed budget's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, and no pipeline")
-    parser.add_argument("--data", type=Path, default=find_data(), help="folder with profiles/ and traces/")
+    parser.add_argument("--data", type=Path, default=data_folder(), help="folder with profiles/ and traces/")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
     cases = CASES if arguments.quick else CASES + PIPELINE_CASES

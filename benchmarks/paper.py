@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from report import Figure, write_report
 
@@ -30,8 +31,8 @@ from rayserve_sarathi.simulation.result import SimulationResult
 from rayserve_sarathi.simulation.system import SimulatedSystem, make_system
 from rayserve_sarathi.simulation.system_config import SystemConfig
 from rayserve_sarathi.simulation.workload import SHAREGPT_LENGTHS, make_workload, read_trace
+from tests.measured_data import data_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 TRACE = "sharegpt_8k_filtered_stats_llama2_tokenizer.csv.gz"
 NUM_REQUESTS = 2048
 NUM_SEEDS = 3
@@ -183,7 +184,7 @@ def find_system_capacity(
     criteria = Criteria(p99_tbt_s=target.tbt_s)
     return find_capacity(
         system.at_rates(workload, criteria),
-        criteria,
+        criteria.are_met,
         first_rate=deployment.first_rate,
         min_rate=min_rate,
         tolerance=tolerance,
@@ -203,18 +204,11 @@ def searches_for(names: Iterable[str], num_seeds: int) -> list[Search]:
     )
 
 
-def find_data() -> Path | None:
-    """Return the folder of public profiles and traces, or None if there is none."""
-    if named := os.environ.get("SARATHI_DATA"):
-        return Path(named)
-    return next((found.parent for found in sorted(ROOT.parent.glob("*/data/profiles"))), None)
-
-
 def main() -> None:
     """Search, and write ratios, capacities and idle times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, and only the ratios that are promised")
-    parser.add_argument("--data", type=Path, default=find_data(), help="folder with profiles/ and traces/")
+    parser.add_argument("--data", type=Path, default=data_folder(), help="folder with profiles/ and traces/")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
     num_seeds = 1 if arguments.quick else NUM_SEEDS

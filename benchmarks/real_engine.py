@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bubbles import MODEL
 from inline_server import Served, Server
-from paper import TRACE, find_data
+from paper import TRACE
 from report import Figure, write_report
 
 from rayserve_sarathi.config import EngineConfig, SchedulerConfig, SloConfig
@@ -41,6 +42,7 @@ from rayserve_sarathi.simulation.step_times import make_step_time_model, profile
 from rayserve_sarathi.simulation.system import SimulatedSystem
 from rayserve_sarathi.simulation.workload import SHAREGPT_LENGTHS, Workload, make_workload, read_trace
 from rayserve_sarathi.step_shape import StepShape, StepTimeModel
+from tests.measured_data import data_folder
 
 DIVISOR = 16
 MAX_MODEL_LEN = 8192 // DIVISOR
@@ -127,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="do not search for the engine's capacity")
     parser.add_argument("--num-requests", type=int, default=100, metavar="N", help="of each run (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=find_data(), help="folder with traces/")
+    parser.add_argument("--data", type=Path, default=data_folder(), help="folder with traces/")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -153,7 +155,7 @@ def main() -> None:
             for policy, scheduler in SCHEDULERS.items()
         }
         predicted = {
-            policy: find_capacity(system.at_rates(workload, criteria), criteria, tolerance=TOLERANCE / 4).rate
+            policy: find_capacity(system.at_rates(workload, criteria), criteria.are_met, tolerance=TOLERANCE / 4).rate
             for policy, system in systems.items()
         }
         figures["predicted_capacity"] = predicted
@@ -186,7 +188,7 @@ def search(
         sys.stdout.flush()
         return served
 
-    found: Capacity[Served] = find_capacity(run, criteria, first_rate=first_rate, tolerance=TOLERANCE)
+    found: Capacity[Served] = find_capacity(run, criteria.are_met, first_rate=first_rate, tolerance=TOLERANCE)
     return found.rate
 
 

@@ -33,7 +33,7 @@ def main() -> None:
         SystemConfig(model="mistral-7b", hardware="a100", max_model_len=MAX_MODEL_LEN, scheduler=scheduler)
     )
     short = make_workload(SHAREGPT_LENGTHS, num_requests=2048, max_total_tokens=MAX_MODEL_LEN)
-    capacity = find_capacity(system.at_rates(short, CRITERIA), CRITERIA, first_rate=3.0).rate
+    capacity = find_capacity(system.at_rates(short, CRITERIA), CRITERIA.are_met, first_rate=3.0).rate
     workload = make_workload(
         SHAREGPT_LENGTHS, num_requests=arguments.num_requests, rate=0.97 * capacity, max_total_tokens=MAX_MODEL_LEN
     )

@@ -225,7 +225,7 @@ def _search(
         sys.stdout.flush()
         return served
 
-    found = find_capacity(run, criteria, first_rate=first_rate, tolerance=0.15)
+    found = find_capacity(run, criteria.are_met, first_rate=first_rate, tolerance=0.15)
     figures: dict[str, Figure] = {"requests_per_s": found.rate}
     if found.best is not None:
         best = found.best.result

@@ -35,7 +35,7 @@ def run_capacity(arguments: argparse.Namespace) -> int:
             sys.stderr.write(f"{_line(Trial(rate, probe, criteria.are_met(probe)))}\n")
             return probe
 
-        capacity = find_capacity(run, criteria, first_rate=arguments.first_rate, tolerance=arguments.tolerance)
+        capacity = find_capacity(run, criteria.are_met, first_rate=arguments.first_rate, tolerance=arguments.tolerance)
     sys.stdout.write(render(capacity, criteria))
     if arguments.json is not None:
         write_figures(arguments.json, session.circumstances() | to_json(capacity, criteria))

@@ -204,12 +204,11 @@ class _Search:
         self._note("capacity of a replica")
         found = find_capacity(
             candidate.system.at_rates(self._workload, self._target.criteria),
-            self._target.criteria,
+            self._target.are_met,
             first_rate=option.rate,
             min_rate=option.rate,
             max_rate=MAX_LOAD * option.rate,
             tolerance=_CAPACITY_TOLERANCE,
-            is_good_enough=self._target.are_met,
         )
         return Plan(chosen=option, capacity=found.rate, candidates=candidates)
 

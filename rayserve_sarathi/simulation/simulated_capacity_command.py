@@ -51,7 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
         return result
 
-    found = find_capacity(run_and_tell, criteria, first_rate=arguments.first_rate, tolerance=arguments.tolerance)
+    found = find_capacity(
+        run_and_tell, criteria.are_met, first_rate=arguments.first_rate, tolerance=arguments.tolerance
+    )
     sys.stdout.write(f"\ncapacity: {found.rate:.4g} requests/s\n")
     if found.best is not None:
         sys.stdout.write(render_table(found.best.result))

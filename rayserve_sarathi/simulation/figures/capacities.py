@@ -157,5 +157,10 @@ def capacity(
     # Whether a short run keeps up does not only depend on the rate; beginning at the same one finds the same capacity.
     full_rate = experiment.full_rate(BUDGETS[0])
     return find_capacity(
-        run, criteria, first_rate=full_rate / 2, min_rate=full_rate / 512, max_rate=full_rate * 64, tolerance=_TOLERANCE
+        run,
+        criteria.are_met,
+        first_rate=full_rate / 2,
+        min_rate=full_rate / 512,
+        max_rate=full_rate * 64,
+        tolerance=_TOLERANCE,
     ).rate

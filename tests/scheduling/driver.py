@@ -5,7 +5,7 @@ from collections import deque
 from rayserve_sarathi.request import FinishReason, Request
 from rayserve_sarathi.scheduling.base import Scheduler
 from rayserve_sarathi.step import StepInput, StepOutput
-from tests.factories import HashModel
+from tests.factories import HashModel, make_scheduler
 
 
 class Driver:
@@ -73,3 +73,12 @@ class Driver:
                 break
             self.land()
         assert not self.scheduler.has_unfinished_requests, f"not done after {max_steps} steps"
+
+
+def make_driver(num_blocks: int = 64, block_size: int = 4, **config: object) -> Driver:
+    scheduler = make_scheduler(num_blocks=num_blocks, block_size=block_size, **config)  # type: ignore[arg-type]
+    return Driver(scheduler, num_blocks=num_blocks, block_size=block_size)
+
+
+def tokens_of(step: StepInput | None) -> dict[str, int]:
+    return {} if step is None else step.num_scheduled_tokens

@@ -372,11 +372,11 @@ void write_all(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* ke
 // ---- matrix products
 //
 // A weight [O, I] is laid out in panels of PANEL outputs, [O / PANEL, I, PANEL], the last one filled up with zeros. So the
-// weight is read once from one end to the other, and a panel's part of DEPTH inputs stays in the L1 cache while all
-// rows of x go by.
+// weight is read once from one end to the other, and a panel's part of DEPTH inputs stays in the L2 cache while all
+// rows of x go by. The L1 cache is too small for panels so long that sums need not be put aside in between.
 
 constexpr int PANEL = 2 * LANES;
-constexpr int64_t DEPTH = 4096 / LANES;
+constexpr int64_t DEPTH = 2048;
 
 // y[r][o] = start[r][o] + sum over i of x[r][i] * panel[i][o], for R rows and the PANEL outputs of a panel.
 template <int R>

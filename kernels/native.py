@@ -34,7 +34,7 @@ _SIGNATURES = {
     "sarathi_rms_norm": "pppppllf",
     "sarathi_rotary": "plpplii",
     "sarathi_silu_mul": "ppll",
-    "sarathi_draw": "pllpppppp",
+    "sarathi_draw": "pllpp",
     "sarathi_layers": "pipppp",
 }
 """The types of each kernel's arguments, in order; see csrc/cpu.cpp."""
@@ -59,7 +59,7 @@ def load_library() -> ctypes.CDLL:
         if {"avx2", "fma"} <= _cpu_flags():
             try:
                 return _open(installed)
-            except OSError as error:
+            except (OSError, AttributeError) as error:  # the latter of a build of another version, which lacks one
                 why = f"{why}; {error}"
     raise NativeBuildError(f"the C++ kernels cannot be built ({why}), and no build of them was installed")
 

@@ -18,32 +18,22 @@ from rayserve_sarathi.kernels.gpu import on_device
 _COLUMNS_AT_ONCE = 2048
 
 
-def draw(
-    logits: Tensor,
-    *,
-    temperature: npt.NDArray[np.float32],
-    top_k: npt.NDArray[np.int32],
-    top_p: npt.NDArray[np.float32],
-    min_p: npt.NDArray[np.float32],
-    u: npt.NDArray[np.float64],
-) -> Tensor:
+def draw(logits: Tensor, settings: npt.NDArray[np.float64]) -> Tensor:
     """Return a token id for each row, [n] int32; what becomes of a row that is not finite means nothing.
 
     Args:
         logits: [n, V] float32, contiguous; changed in place.
-        temperature: [n]; 0 takes the largest logit, the first of equals.
-        top_k: Keep so many of the most likely, [n]; 0 or V and more keep all.
-        top_p: Then keep the most likely with this share of what top_k leaves, [n].
-        min_p: And only those at least this share as likely as the most likely one, [n].
-        u: Random numbers in [0, 1), [n]: a token is drawn where the cumulated weight passes u times the total.
+        settings: [5, n], contiguous. The temperature; 0 takes the largest logit, the first of equals. `top_k`: keep so
+            many of the most likely; 0 or V and more keep all. `top_p`: then keep the most likely with this share of
+            what `top_k` leaves. `min_p`: and only those at least this share as likely as the most likely one. Last a
+            random number in [0, 1): a token is drawn where the cumulated weight passes it times the total.
     """
     num_rows, vocab_size = logits.shape
     assert logits.is_contiguous() and logits.dtype == torch.float32, (logits.dtype, logits.stride())
-    rows = np.stack([temperature, top_k, top_p, min_p, u]).astype(np.float64)
-    settings = on_device(torch.from_numpy(rows), logits.device)
+    on_gpu = on_device(torch.from_numpy(settings), logits.device)
     out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     columns = min(_COLUMNS_AT_ONCE, triton.next_power_of_2(vocab_size))
-    _draw[(num_rows,)](logits, settings, out, num_rows, vocab_size, COLUMNS=columns, num_warps=8)
+    _draw[(num_rows,)](logits, on_gpu, out, num_rows, vocab_size, COLUMNS=columns, num_warps=8)
     return out
 
 

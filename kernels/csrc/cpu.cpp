@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -51,10 +52,10 @@ INLINE Vector load(const bfloat16* from) {
 
 INLINE void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
 
-// Something to do in parts, which the threads of a parallel region take one after the other. Whoever finds none left waits
-// for those that are being done, and for nobody else: a thread that has lost its core to another process is not waited
-// for unless it has a part. OpenMP's own barriers wait for all, and let threads sleep at once where the process has more
-// of them than cores, and waking one takes longer than most of what is done between two barriers.
+// Something to do in parts, which the threads of a parallel region take one after the other. Whoever finds none left
+// waits for those that are being done, and for nobody else: a thread that has lost its core to another process is not
+// waited for unless it has a part. OpenMP's own barriers wait for all, and let threads sleep at once where the process
+// has more of them than cores, and waking one takes longer than most of what is done between two barriers.
 class Work {
   public:
     // Calls `run(first, end)` for parts of [0, count), `grain` long, until all of it is done.
@@ -505,8 +506,8 @@ INLINE void for_rows(int64_t num_rows, int64_t row_size, F run) {
 
 // ---- sampling
 //
-// As the Triton kernel in sampling.py: of numbers that are not negative, those with the larger bits are larger, so halving
-// the bits between 0 and 1 finds the thresholds of top_k and top_p exactly, ties included.
+// As the Triton kernel in sampling.py: of numbers that are not negative, those with the larger bits are larger, so
+// halving the bits between 0 and 1 finds the thresholds of top_k and top_p exactly, ties included.
 
 typedef int32_t IntVector __attribute__((vector_size(4 * LANES)));
 typedef double DoubleVector __attribute__((vector_size(8 * LANES)));
@@ -550,24 +551,32 @@ INLINE int32_t halve(int32_t low, F is_enough) {
     return low;
 }
 
+// The first of the largest logits; of a row with a NaN, any.
+int32_t argmax(const float* logits, int64_t vocab_size) {
+    const int64_t whole = vocab_size / LANES * LANES;
+    Vector largest = broadcast(-INFINITE);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Vector other = load(logits + i);
+        largest = other > largest ? other : largest;
+    }
+    float most = -INFINITE;
+    for (int lane = 0; lane < LANES; lane++) most = std::max(most, largest[lane]);
+    for (int64_t i = whole; i < vocab_size; i++) most = std::max(most, logits[i]);
+    return std::find(logits, logits + vocab_size - 1, most) - logits;
+}
+
 // `weights` has room for the row in whole vectors.
-int32_t draw_row(const float* logits, int64_t vocab_size, float temperature, int32_t top_k, float top_p, float min_p,
+int32_t draw_row(const float* logits, int64_t vocab_size, float temperature, int32_t top_k, double top_p, float min_p,
                  double u, float* weights) {
+    const int32_t likeliest = argmax(logits, vocab_size);
+    if (!(temperature > 0)) return likeliest;
+
     const int64_t size = (vocab_size + LANES - 1) / LANES * LANES;
     std::memcpy(weights, logits, sizeof(float) * vocab_size);
     std::fill(weights + vocab_size, weights + size, -INFINITE);
-    Vector largest = load(weights);
-    for (int64_t i = LANES; i < size; i += LANES) {
-        const Vector other = load(weights + i);
-        largest = other > largest ? other : largest;
-    }
-    float most = largest[0];
-    for (int lane = 1; lane < LANES; lane++) most = std::max(most, largest[lane]);
-    if (!(temperature > 0)) return std::find(logits, logits + vocab_size - 1, most) - logits;
-
     // Subtracted before the division: a tiny temperature then gives minus infinity and not NaN.
     for (int64_t i = 0; i < size; i += LANES)
-        store(weights + i, exp2_of_negative((load(weights + i) - most) / temperature * LOG2_E));
+        store(weights + i, exp2_of_negative((load(weights + i) - logits[likeliest]) / temperature * LOG2_E));
     int32_t kth = 0, lowest = 0;
     if (top_k > 0 && top_k < vocab_size)
         kth = halve(0, [&](int32_t bits) { return count_of(weights, size, bits) >= top_k; });
@@ -760,16 +769,17 @@ void sarathi_silu_mul(const float* gate_up, float* y, int64_t num_rows, int64_t 
     });
 }
 
-// A token for each row of logits, [n, V] float32; see draw in cpu_sampling.py.
-void sarathi_draw(const float* logits, int64_t num_rows, int64_t vocab_size, const float* temperature,
-                  const int32_t* top_k, const float* top_p, const float* min_p, const double* u, int32_t* token_ids) {
+// A token for each row of logits, [n, V] float32, by settings [5, n]; see draw in cpu_sampling.py.
+void sarathi_draw(const float* logits, int64_t num_rows, int64_t vocab_size, const double* settings,
+                  int32_t* token_ids) {
     Work work;
 #pragma omp parallel if (num_rows > 1 && num_rows * vocab_size > 1 << 15)
     {
-        std::vector<float> weights(vocab_size + LANES);
+        const std::unique_ptr<float[]> weights(new float[vocab_size + LANES]);  // not even mapped for greedy rows
         work.share(num_rows, 1, [&](int64_t row, int64_t) {
-            token_ids[row] = draw_row(logits + row * vocab_size, vocab_size, temperature[row], top_k[row], top_p[row],
-                                      min_p[row], u[row], weights.data());
+            const double* of_row = settings + row;
+            token_ids[row] = draw_row(logits + row * vocab_size, vocab_size, of_row[0], of_row[num_rows],
+                                      of_row[2 * num_rows], of_row[3 * num_rows], of_row[4 * num_rows], weights.get());
         });
     }
 }

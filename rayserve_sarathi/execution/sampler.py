@@ -7,7 +7,7 @@ Dimensions: S requests that sample a token; n of them at hand; V vocabulary; C m
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import Int32Array, LogitBias, StepInput, TokenHistory
 
 _Sampling = npt.NDArray[np.void]
+_Draw = Callable[[Tensor, npt.NDArray[np.float64]], Tensor]
 
 # Finding the 512 most likely of 32000 tokens takes a quarter of a sort, and they nearly always hold the mass of top_p.
 _NUM_CANDIDATES = 512
@@ -118,20 +119,22 @@ def sample(logits: Tensor, step: StepInput) -> Sampling:
     if step.histories:
         _penalise(logits, sampling, step.histories)
 
-    settings = {name: sampling[name] for name in ("temperature", "top_k", "top_p", "min_p")}
-    u = np.zeros(len(sampling))
-    if settings["temperature"].any():
-        u = uniforms(sampling["seed"], (step.context_lens + step.query_lens)[step.sample_requests])
-    token_ids = _drawing_for(logits)(logits, **settings, u=u)
+    settings = np.zeros((5, len(sampling)))
+    settings[:4] = [sampling[name] for name in ("temperature", "top_k", "top_p", "min_p")]
+    if sampling["temperature"].any():
+        settings[4] = uniforms(sampling["seed"], (step.context_lens + step.query_lens)[step.sample_requests])
+    token_ids = _drawing_for(logits, settings)(logits, settings)
     num_logprobs = sampling["num_logprobs"][asked].tolist()
     return Sampling(token_ids, is_bad, raw_logprobs=raw_logprobs, asked=asked, num_logprobs=num_logprobs)
 
 
-def _drawing_for(logits: Tensor) -> Callable[..., Tensor]:
+def _drawing_for(logits: Tensor, settings: npt.NDArray[np.float64]) -> _Draw:
     kernel = sampling_for(logits)
     if kernel is not None:
-        return cast("Callable[..., Tensor]", kernel.draw)
-    return draw if kernels_for(logits) is None else cpu_sampling.draw
+        on_gpu: _Draw = kernel.draw
+        return on_gpu
+    # Where nothing is drawn, numpy's argmax is as fast as a call can be: 50 against 65 us for a row of 4096.
+    return draw if kernels_for(logits) is None or not settings[0].any() else cpu_sampling.draw
 
 
 def _add_bias(logits: Tensor, bias: LogitBias) -> None:
@@ -161,41 +164,29 @@ def _penalise(logits: Tensor, sampling: _Sampling, histories: tuple[TokenHistory
     logits.index_put_(where, values.clamp_(max=torch.finfo(torch.float32).max))
 
 
-def draw(
-    logits: Tensor,
-    *,
-    temperature: npt.NDArray[np.float32],
-    top_k: npt.NDArray[np.int32],
-    top_p: npt.NDArray[np.float32],
-    min_p: npt.NDArray[np.float32],
-    u: npt.NDArray[np.float64],
-) -> Tensor:
-    """Return a token id for each row, [n] int64; see `kernels.sampling.draw`: where there are no kernels."""
+def draw(logits: Tensor, settings: npt.NDArray[np.float64]) -> Tensor:
+    """Return a token id for each row, [n] int64, as `kernels.sampling.draw` does, in torch's operators."""
+    temperature, top_k, top_p, min_p, u = settings
     is_random = temperature > 0
     if not is_random.any():
         return _argmax(logits)
     if not is_random.all():
         randoms = np.flatnonzero(is_random)
         where = _tensor(randoms, logits)
-        drawn = draw(
-            logits[where],
-            temperature=temperature[randoms],
-            top_k=top_k[randoms],
-            top_p=top_p[randoms],
-            min_p=min_p[randoms],
-            u=u[randoms],
-        )
-        return _argmax(logits).index_copy_(0, where, drawn)
+        return _argmax(logits).index_copy_(0, where, draw(logits[where], settings[:, randoms]))
 
     # Subtracted before the division: a tiny temperature then gives minus infinity and not NaN.
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    weights = logits.div_(_tensor(temperature, logits)[:, None]).exp_()
-    thresholds = _tensor(min_p, logits)  # The most likely token has weight 1.
+    weights = logits.div_(_tensor(temperature.astype(np.float32), logits)[:, None]).exp_()
+    thresholds = _tensor(min_p.astype(np.float32), logits)  # The most likely token has weight 1.
     truncated = np.flatnonzero((top_p < 1) | ((top_k > 0) & (top_k < logits.shape[1])))
     if len(truncated):
         rows = _tensor(truncated, logits)
         lowest = _top_thresholds(
-            weights[rows], top_k=top_k[truncated], top_p=top_p[truncated], num_candidates=_NUM_CANDIDATES
+            weights[rows],
+            top_k=top_k[truncated].astype(np.int64),
+            top_p=top_p[truncated],
+            num_candidates=_NUM_CANDIDATES,
         )
         thresholds[rows] = torch.maximum(thresholds[rows], lowest)
     if len(truncated) or min_p.any():
@@ -204,7 +195,7 @@ def draw(
 
 
 def _top_thresholds(
-    weights: Tensor, *, top_k: npt.NDArray[np.int32], top_p: npt.NDArray[np.float32], num_candidates: int
+    weights: Tensor, *, top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], num_candidates: int
 ) -> Tensor:
     """Return the least weight that top_k and top_p keep in each row, [n], of weights, [n, V] float32."""
     vocab_size = weights.shape[1]
@@ -219,7 +210,7 @@ def _top_thresholds(
 
     # Top_p is a share of what top_k leaves. A token is kept if the mass before it is less than that share.
     kept = torch.where(weights < kth[:, None], 0.0, weights)
-    wanted = kept.sum(dim=-1, dtype=torch.float64) * _tensor(top_p.astype(np.float64), weights)
+    wanted = kept.sum(dim=-1, dtype=torch.float64) * _tensor(top_p, weights)
     mass = torch.where(top < kth[:, None], 0.0, top).cumsum(dim=-1, dtype=torch.float64)
     num_kept = 1 + (mass[:, :-1] < wanted[:, None]).sum(dim=-1, keepdim=True)
     is_whole = top_p >= 1

@@ -32,6 +32,8 @@ _CROWDED_STEPS = 8
 """Where the decodes alone exceed the target, one step in so many computes a tile of a prompt."""
 _EVENNESS = 1.5
 """How many times as long as the steps before it a step of a pipeline may be, beyond what uses the device well."""
+_LONGEST_EVEN = 16 * TILE
+"""So many tokens of prompts use any device well: to look at more sizes takes longer than all the rest of a choice."""
 _MEAN_STEPS = 16
 
 _Candidate = tuple[int, int]
@@ -125,7 +127,7 @@ class AutoBudget:
         A step much longer than the others passes the stages one after another while these have nothing to do: steps of
         equal length make no bubbles (section 5.3 of the paper). But a device that is used badly loses more than that.
         """
-        num_tokens = load.num_decodes + self._well_used(most, load.num_decodes)
+        num_tokens = load.num_decodes + self._well_used(min(most, _LONGEST_EVEN), load.num_decodes)
         well_used_s = self._forecast.step_time.predict_s(load._replace(num_tokens=num_tokens))
         return max(well_used_s, _EVENNESS * self._forecast.mean_period_s)
 

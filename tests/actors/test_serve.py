@@ -167,7 +167,7 @@ def test_a_client_that_reads_slowly_is_told_apart(server: Server, capsys: pytest
     def is_told() -> bool:
         # Until HAProxy knows the ingress, Serve's own proxy is between them, which reads everything.
         answer_id = read_slowly(server, {**body, "stream": True})
-        time.sleep(0.5)
+        time.sleep(0.5)  # the ingress tells the scheduler in a call of its own, for which there is nothing to wait
         assert cli.main(["why", answer_id, "--url", server.url, "--key", "admin"]) == 0
         return "slow_reader: it was there in time" in capsys.readouterr().out
 
@@ -186,7 +186,7 @@ def read_slowly(server: Server, body: dict[str, object]) -> str:
             timeout_s=60,
             message="it is not computed",
         )
-        time.sleep(0.3)
+        time.sleep(0.3)  # more than the target: to be slow is what is tested
         assert list(lines)[-2] == "data: [DONE]"
     return str(json.loads(first.removeprefix("data: "))["id"])
 

@@ -8,7 +8,7 @@ from rayserve_sarathi.kernels.linear import Linear
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 6, 7, 12, 13, 70])
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(512, 300), (64, 64), (97, 5), (1, 1), (48, 1025)])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(512, 300), (64, 64), (97, 5), (1, 1), (48, 1025), (70, 2100)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_it_is_a_matrix_product(num_rows: int, num_outputs: int, num_inputs: int, has_bias: bool) -> None:
     torch.manual_seed(0)

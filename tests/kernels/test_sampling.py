@@ -8,6 +8,7 @@ import torch
 
 from rayserve_sarathi.execution.sampler import draw as plain_draw
 from rayserve_sarathi.kernels import cpu_sampling
+from rayserve_sarathi.kernels.native import kernels_for
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -24,15 +25,18 @@ SETTINGS = {
 }
 
 
-def columns(settings: dict[str, float], num_rows: int) -> dict[str, np.ndarray]:
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
-    types = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
-    return {name: np.full(num_rows, defaults[name], dtype=types[name]) for name in types}
+def table(settings: dict[str, float], u: np.ndarray) -> np.ndarray:
+    """Return what samplers are told, [5, n], of rows with the same settings."""
+    row = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    # What a request says arrives in float32.
+    return np.stack([*(np.full(len(u), np.float32(value)) for value in row.values()), u]).astype(np.float64)
 
 
 @pytest.fixture(params=["triton", "cpp"])
 def draw(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor]:
     if request.param == "cpp":
+        if kernels_for(torch.empty(0)) is None:
+            pytest.skip("there is no build of the C++ kernels")
         return cpu_sampling.draw
     module = pytest.importorskip("rayserve_sarathi.kernels.sampling", reason="there is no Triton")
     drawing: Callable[..., torch.Tensor] = module.draw
@@ -50,20 +54,19 @@ def test_it_draws_the_same_tokens(
     u = np.random.default_rng(5).random(num_rows)
     u[:2] = 0, 1 - 2.0**-52
 
-    drawn = draw(logits.clone(), **columns(settings, num_rows), u=u)
+    drawn = draw(logits.clone(), table(settings, u))
 
-    assert drawn.tolist() == plain_draw(logits.clone(), **columns(settings, num_rows), u=u).tolist()
+    assert drawn.tolist() == plain_draw(logits.clone(), table(settings, u)).tolist()
 
 
 def test_rows_have_settings_of_their_own(draw: Callable[..., torch.Tensor]) -> None:
     logits = torch.randn(len(SETTINGS), 60, generator=torch.Generator().manual_seed(3))
     u = np.random.default_rng(6).random(len(SETTINGS))
-    each = [columns(settings, 1) for settings in SETTINGS.values()]
-    together = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+    together = np.concatenate([table(settings, u[[row]]) for row, settings in enumerate(SETTINGS.values())], axis=1)
 
-    drawn = draw(logits.clone(), **together, u=u)
+    drawn = draw(logits.clone(), together)
 
-    assert drawn.tolist() == plain_draw(logits.clone(), **together, u=u).tolist()
+    assert drawn.tolist() == plain_draw(logits.clone(), together).tolist()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -71,11 +74,12 @@ def test_a_row_that_is_not_finite_spoils_no_other(draw: Callable[..., torch.Tens
     logits = torch.randn(3, 60)
     logits[1] = torch.nan
     u = np.array([0.3, 0.3, 0.9])
+    settings = table({"top_p": 0.9, "top_k": 5}, u)
 
-    drawn = draw(logits.clone(), **columns({"top_p": 0.9, "top_k": 5}, 3), u=u)
+    drawn = draw(logits.clone(), settings)
 
     logits[1] = 0
-    expected = plain_draw(logits, **columns({"top_p": 0.9, "top_k": 5}, 3), u=u)
+    expected = plain_draw(logits, settings)
     assert drawn[[0, 2]].tolist() == expected[[0, 2]].tolist()
 
 
@@ -84,6 +88,6 @@ def test_tokens_without_weight_are_never_drawn(draw: Callable[..., torch.Tensor]
     logits[:, [7, 299]] = 0.0
     u = np.linspace(0, 1 - 2.0**-52, 64)
 
-    drawn = draw(logits, **columns({}, 64), u=u)
+    drawn = draw(logits, table({}, u))
 
     assert drawn.tolist() == [7] * 32 + [299] * 32

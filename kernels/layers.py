@@ -3,8 +3,8 @@
 They compute what a layer's own kernels do one after the other, to the same bits, but begin and end a parallel region
 once a step and not some ten times a layer, and come back to Python once.
 
-Dimensions: T tokens in the step; D hidden size; F intermediate size; N query and K KV heads; H head size; P blocks in
-the pool; S tokens per block.
+Dimensions: T tokens in the step; R requests; D hidden size; F intermediate size; N query and K KV heads; H head size; P
+blocks in the pool; S tokens per block.
 """
 
 import ctypes
@@ -63,6 +63,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "new_blocks", "cu_query_lens", "seq_lens")),
         ("block_tables", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_new_blocks", "num_requests", "table_stride")),
+        ("last_only", ctypes.c_int64),
     )
 
 
@@ -111,6 +112,7 @@ class DenseLayers:
         sin: Tensor,
         kv_caches: Sequence[tuple[Tensor, Tensor]],
         metadata: AttentionMetadata,
+        last_only: bool,
     ) -> Tensor:
         """Compute all layers.
 
@@ -119,9 +121,11 @@ class DenseLayers:
             cos: Of the tokens' angles, [T, 1, H / 2] float32; `sin` likewise.
             kv_caches: Key and value pool of each layer, [P, K, S, H] float32.
             metadata: The step.
+            last_only: Whether each request's last token is enough: the last layer then computes no more of the others
+                than their keys and values.
 
         Returns:
-            [T, D].
+            [T, D], or with `last_only` [R, D].
         """
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -143,16 +147,19 @@ class DenseLayers:
             num_new_blocks=len(metadata.new_block_ids),
             num_requests=len(metadata.seq_lens),
             table_stride=metadata.block_tables.stride(0),
+            last_only=last_only,
         )
+        out = torch.empty((len(metadata.seq_lens), hidden.shape[1])) if last_only else hidden
         self._run(
             self._weights,
             len(self._layers),
             ctypes.byref(self._sizes),
             ctypes.byref(step),
             hidden.data_ptr(),
+            out.data_ptr(),
             self._scratch.data_ptr(),
         )
-        return hidden
+        return out
 
 
 def _weights_of(layer: DenseLayer) -> _Weights:

@@ -35,7 +35,7 @@ _SIGNATURES = {
     "sarathi_rotary": "plpplii",
     "sarathi_silu_mul": "ppll",
     "sarathi_draw": "pllpp",
-    "sarathi_layers": "pipppp",
+    "sarathi_layers": "pippppp",
 }
 """The types of each kernel's arguments, in order; see csrc/cpu.cpp."""
 

@@ -1,7 +1,7 @@
 """Steps made by hand, and stages to run them on, with no scheduler around."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from rayserve_sarathi.execution.model_runner import ModelRunner
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.request import SamplingParams
-from rayserve_sarathi.step import SAMPLING_DTYPE, StepInput, StepOutput, pack_sampling
+from rayserve_sarathi.step import SAMPLING_DTYPE, PromptLogprobsQuery, StepInput, StepOutput, pack_sampling
+
+ANY_PROMPT_LOGPROBS = PromptLogprobsQuery(request=0, num_logprobs=0, target_token_ids=np.zeros(1, dtype=np.int32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +66,8 @@ class Stages:
 
     def hidden(self, step: StepInput) -> torch.Tensor:
         """Run all stages and return the hidden states, [T, D]."""
-        hidden = self._runners[0].forward(step, None)
-        for runner in self._runners[1:]:
-            hidden = runner.forward(step, hidden)
-        return hidden
+        # Log probabilities of a prompt, whichever, need all of them; without, the last stage has the last ones alone.
+        return self._forward(replace(step, prompt_logprobs=(ANY_PROMPT_LOGPROBS,)))
 
     def logits(self, step: StepInput) -> torch.Tensor:
         """Return the logits of each token of the step, [T, V]."""
@@ -77,4 +77,10 @@ class Stages:
     def run(self, step: StepInput) -> StepOutput:
         """Run the step and sample."""
         last = self._runners[-1]
-        return last.sample(step, last.logits(step, self.hidden(step))).wait()
+        return last.sample(step, last.logits(step, self._forward(step))).wait()
+
+    def _forward(self, step: StepInput) -> torch.Tensor:
+        hidden = self._runners[0].forward(step, None)
+        for runner in self._runners[1:]:
+            hidden = runner.forward(step, hidden)
+        return hidden

@@ -168,6 +168,32 @@ class AttentionMetadata:
             layout=layout,
         )
 
+    def last_rows(self) -> Tensor:
+        """Return where in the step each request's last token is, [R] int32."""
+        return self.cu_query_lens[1:] - 1
+
+    def of_last_tokens(self) -> "AttentionMetadata":
+        """Return the step as if it had each request's last token alone, to attend once keys and values are stored."""
+        layout = self.layout
+        num_requests, num_columns = layout.block_tables.shape
+        return AttentionMetadata(
+            positions=self.seq_lens - 1,
+            slot_mapping=torch.full_like(self.seq_lens, -1),
+            cu_query_lens=torch.arange(len(self.seq_lens) + 1, dtype=torch.int32, device=self.seq_lens.device),
+            seq_lens=self.seq_lens,
+            block_tables=self.block_tables,
+            has_chunks=False,
+            new_block_ids=self.new_block_ids[:0],
+            cu_seq_lens=self.cu_seq_lens,
+            layout=StepLayout(
+                query_lens=np.ones_like(layout.query_lens),
+                context_lens=layout.seq_lens - 1,
+                block_tables=layout.block_tables.ravel(),
+                num_blocks=np.full(num_requests, num_columns),
+                block_size=layout.block_size,
+            ),
+        )
+
     @functools.cached_property
     def decode_groups(self) -> tuple[DecodeGroup, ...]:
         """The leading requests with a single token, by length, for backends that pad."""

@@ -11,6 +11,7 @@
 #include <memory>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <omp.h>
@@ -81,7 +82,13 @@ class Work {
 // Length of parts that are few enough to be worth taking, and many enough for all threads to end together.
 INLINE int64_t grain_of(int64_t count, int num_threads) { return std::max<int64_t>(1, count / (num_threads * 8)); }
 
-INLINE Vector broadcast(float value) { return Vector{} + value; }
+template <size_t... LANE>
+INLINE Vector broadcast_to(std::index_sequence<LANE...>, float value) {
+    return Vector{(static_cast<void>(LANE), value)...};
+}
+
+// One load. `Vector{} + value` would be an addition as well, since it makes 0 of -0.
+INLINE Vector broadcast(float value) { return broadcast_to(std::make_index_sequence<LANES>(), value); }
 
 INLINE float sum_of(Vector vector) {
     float sum = 0.f;
@@ -141,8 +148,14 @@ struct Cache {
     int num_kv_heads, head_size, block_size;
 };
 
+// Successive tokens of a request: where their queries are and their outputs go, and the tokens before them.
+struct Query {
+    int request, first_token, first_out, num_tokens, context_len;
+};
+
 struct Task {
-    int request, head, first_row, num_rows;
+    Query query;
+    int head, first_row, num_rows;
     int64_t cost;
 };
 
@@ -237,8 +250,6 @@ struct Step {
     const float* q;
     int64_t q_stride;
     float* out;
-    const int32_t* cu_query_lens;
-    const int32_t* seq_lens;
     int num_heads;
     float scale;
     int window;  // 0 for none
@@ -247,16 +258,15 @@ struct Step {
 template <class T>
 void attend(const Step& step, const Cache& cache, const Task& task, float* buffer) {
     const int H = cache.head_size, S = cache.block_size, G = step.num_heads / cache.num_kv_heads;
-    const int first_token = step.cu_query_lens[task.request];
-    const int context_len = step.seq_lens[task.request] - (step.cu_query_lens[task.request + 1] - first_token);
-    const int num_rows = task.num_rows;
+    const Query& query = task.query;
+    const int context_len = query.context_len, num_rows = task.num_rows;
     float *q = buffer, *out = q + ROWS * H, *scores = out + ROWS * H, *maxima = scores + ROWS * KEYS;
     float* sums = maxima + ROWS;
     auto token_of = [&](int row) { return (task.first_row + row) / G; };
     auto head_of = [&](int row) { return (int64_t)task.head * G + (task.first_row + row) % G; };
 
     for (int r = 0; r < num_rows; r++) {
-        const float* from = step.q + (first_token + token_of(r)) * step.q_stride + head_of(r) * H;
+        const float* from = step.q + (query.first_token + token_of(r)) * step.q_stride + head_of(r) * H;
         for (int d = 0; d < H; d++) q[r * H + d] = from[d] * (step.scale * LOG2_E);
         maxima[r] = -INFINITE;
         sums[r] = 0.f;
@@ -265,7 +275,7 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
 
     const int end = context_len + token_of(num_rows - 1) + 1;
     const int first_seen = step.window ? std::max(0, context_len + token_of(0) + 1 - step.window) : 0;
-    const int32_t* table = cache.block_tables + task.request * cache.table_stride;
+    const int32_t* table = cache.block_tables + query.request * cache.table_stride;
     for (int first_key = first_seen / GROUP * GROUP; first_key < end; first_key += KEYS) {
         const int num_groups = std::min(GROUPS, (end - first_key + GROUP - 1) / GROUP);
         const T *k[GROUPS + 1], *v[GROUPS + 1];
@@ -295,22 +305,25 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
             });
     }
     for (int r = 0; r < num_rows; r++) {
-        float* to = step.out + ((first_token + token_of(r)) * (int64_t)step.num_heads + head_of(r)) * H;
+        float* to = step.out + ((query.first_out + token_of(r)) * (int64_t)step.num_heads + head_of(r)) * H;
         for (int d = 0; d < H; d++) to[d] = out[r * H + d] / sums[r];
     }
 }
 
-std::vector<Task> make_tasks(const Step& step, const Cache& cache, int num_requests) {
-    const int G = step.num_heads / cache.num_kv_heads;
+// For a step's tokens, or with `last_only` for the last one of each request, whose outputs are then side by side.
+std::vector<Task> make_tasks(const int32_t* cu_query_lens, const int32_t* seq_lens, int num_requests, bool last_only,
+                             int num_heads, int num_kv_heads) {
+    const int G = num_heads / num_kv_heads;
     std::vector<Task> tasks;
     for (int request = 0; request < num_requests; request++) {
-        const int query_len = step.cu_query_lens[request + 1] - step.cu_query_lens[request];
-        const int context_len = step.seq_lens[request] - query_len;
-        for (int row = 0; row < query_len * G; row += ROWS) {
-            const int num_rows = std::min(ROWS, query_len * G - row);
-            const int64_t num_keys = context_len + (row + num_rows - 1) / G + 1;
-            for (int head = 0; head < cache.num_kv_heads; head++)
-                tasks.push_back({request, head, row, num_rows, (num_rows + TILE) * num_keys});
+        const int first_token = cu_query_lens[request], end_token = cu_query_lens[request + 1];
+        const int first = last_only ? end_token - 1 : first_token, num_tokens = end_token - first;
+        const Query query = {request, first, last_only ? request : first, num_tokens, seq_lens[request] - num_tokens};
+        for (int row = 0; row < num_tokens * G; row += ROWS) {
+            const int num_rows = std::min(ROWS, num_tokens * G - row);
+            const int64_t num_keys = query.context_len + (row + num_rows - 1) / G + 1;
+            for (int head = 0; head < num_kv_heads; head++)
+                tasks.push_back({query, head, row, num_rows, (num_rows + TILE) * num_keys});
         }
     }
     // The longest first, so that no thread begins one when the others are done.
@@ -328,8 +341,7 @@ void attend_some(const Step& step, const Cache& cache, const std::vector<Task>& 
 }
 
 template <class T>
-void attend_all(const Step& step, const Cache& cache, int num_requests) {
-    const std::vector<Task> tasks = make_tasks(step, cache, num_requests);
+void attend_all(const Step& step, const Cache& cache, const std::vector<Task>& tasks) {
     Work work;
 #pragma omp parallel num_threads(std::min<int>(omp_get_max_threads(), tasks.size()))
     {
@@ -619,11 +631,12 @@ struct LayerSizes {
     float eps, scale;
 };
 
-// A step, as AttentionMetadata describes it, and its angles.
+// A step, as AttentionMetadata describes it, and its angles. With `last_only` the last layer goes on with each
+// request's last token alone once it has stored keys and values.
 struct LayerStep {
     const float *cos, *sin;
     const int32_t *slots, *new_blocks, *cu_query_lens, *seq_lens, *block_tables;
-    int64_t num_tokens, num_new_blocks, num_requests, table_stride;
+    int64_t num_tokens, num_new_blocks, num_requests, table_stride, last_only;
 };
 
 constexpr int PHASES = 9;  // of a layer: each begins when the one before is done
@@ -647,33 +660,32 @@ struct Scratch {
     }
 };
 
-// Each of the threads calls this.
+// Each of the threads calls this. `tasks` are those of `make_tasks` with `last_only`, and then `out` gets the hidden
+// states of each request's last token, [R, D]; without, `out` is `hidden`.
 void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const LayerStep& step,
-               const std::vector<Task>& tasks, const Scratch& scratch, float* hidden, bool is_first, int num_threads,
-               Work* phase, float* buffer) {
+               const std::vector<Task>& tasks, bool last_only, const Scratch& scratch, float* hidden, float* out,
+               bool is_first, int num_threads, Work* phase, float* buffer) {
     const int64_t D = sizes.hidden_size, F = sizes.intermediate_size, H = sizes.head_size, T = step.num_tokens;
     const int64_t heads = sizes.num_heads * H, kv = sizes.num_kv_heads * H, row_size = heads + 2 * kv;
+    const int64_t num_rows = last_only ? step.num_requests : T;
     auto for_each = [&](int64_t count, auto run) {
         phase++->share(count, grain_of(count, num_threads), [&](int64_t first, int64_t end) {
             for (int64_t i = first; i < end; i++) run(i);
         });
     };
-    auto multiply = [&](const float* x, int64_t inputs, const float* panels, int64_t outputs, const float* bias,
-                        float* y) { multiply_some(x, T, inputs, panels, outputs, bias, y, *phase++, num_threads); };
-    auto norm = [&](int64_t token, const float* weight, bool has_delta) {
-        float *row = hidden + token * D, *delta = scratch.delta + token * D, *x = scratch.x + token * D;
-        if (has_delta)
-            norm_row(delta, row, weight, x, row, D, sizes.eps);
-        else
-            norm_row(row, nullptr, weight, x, nullptr, D, sizes.eps);
+    auto multiply = [&](const float* x, int64_t rows, int64_t inputs, const float* panels, int64_t outputs,
+                        const float* bias, float* y) {
+        multiply_some(x, rows, inputs, panels, outputs, bias, y, *phase++, num_threads);
     };
 
     for_each(T + step.num_new_blocks, [&](int64_t i) {
-        if (i < T) return norm(i, weights.input_norm, !is_first);
+        float *row = hidden + i * D, *delta = scratch.delta + i * D, *x = scratch.x + i * D;
+        if (i < T && is_first) return norm_row(row, nullptr, weights.input_norm, x, nullptr, D, sizes.eps);
+        if (i < T) return norm_row(delta, row, weights.input_norm, x, row, D, sizes.eps);
         for (float* pool : {weights.keys, weights.values})
             clear_block(pool, step.new_blocks[i - T], kv * sizes.block_size);
     });
-    multiply(scratch.x, D, weights.qkv, row_size, weights.qkv_bias, scratch.qkv);
+    multiply(scratch.x, T, D, weights.qkv, row_size, weights.qkv_bias, scratch.qkv);
     for_each(T, [&](int64_t token) {
         float* row = scratch.qkv + token * row_size;
         const int64_t angle = token * H / 2;
@@ -681,19 +693,23 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
         write_token(row + heads, row + heads + kv, weights.keys, weights.values, step.slots[token], sizes.num_kv_heads,
                     H, sizes.block_size);
     });
-    const Step attention = {scratch.qkv,   row_size,             scratch.attention, step.cu_query_lens,
-                            step.seq_lens, (int)sizes.num_heads, sizes.scale,       (int)weights.window};
+    const Step attention = {scratch.qkv, row_size, scratch.attention, (int)sizes.num_heads, sizes.scale,
+                            (int)weights.window};
     const Cache cache = {weights.keys,      weights.values,          step.block_tables, step.table_stride,
                          (int)sizes.num_kv_heads, (int)H, (int)sizes.block_size};
     attend_some<float>(attention, cache, tasks, *phase++, buffer);
-    multiply(scratch.attention, heads, weights.o, D, weights.o_bias, scratch.delta);
-    for_each(T, [&](int64_t token) { norm(token, weights.mlp_norm, true); });
-    multiply(scratch.x, D, weights.up, 2 * F, weights.up_bias, scratch.up);
-    for_each(T, [&](int64_t token) {
-        const float* gate = scratch.up + token * 2 * F;
-        silu_row(gate, gate + F, scratch.activated + token * F, F);
+    multiply(scratch.attention, num_rows, heads, weights.o, D, weights.o_bias, scratch.delta);
+    for_each(num_rows, [&](int64_t i) {
+        const int64_t token = last_only ? step.cu_query_lens[i + 1] - 1 : i;
+        norm_row(scratch.delta + i * D, hidden + token * D, weights.mlp_norm, scratch.x + i * D, out + i * D, D,
+                 sizes.eps);
     });
-    multiply(scratch.activated, F, weights.down, D, weights.down_bias, scratch.delta);
+    multiply(scratch.x, num_rows, D, weights.up, 2 * F, weights.up_bias, scratch.up);
+    for_each(num_rows, [&](int64_t i) {
+        const float* gate = scratch.up + i * 2 * F;
+        silu_row(gate, gate + F, scratch.activated + i * F, F);
+    });
+    multiply(scratch.activated, num_rows, F, weights.down, D, weights.down_bias, scratch.delta);
 }
 
 }  // namespace
@@ -712,12 +728,13 @@ void sarathi_attention(const float* q, int64_t q_stride, const void* keys, const
                        float* out, const int32_t* cu_query_lens, const int32_t* seq_lens, const int32_t* block_tables,
                        int64_t table_stride, int num_requests, int num_heads, int num_kv_heads, int head_size,
                        int block_size, float scale, int window) {
-    const Step step = {q, q_stride, out, cu_query_lens, seq_lens, num_heads, scale, window};
+    const Step step = {q, q_stride, out, num_heads, scale, window};
     const Cache cache = {keys, values, block_tables, table_stride, num_kv_heads, head_size, block_size};
+    const auto tasks = make_tasks(cu_query_lens, seq_lens, num_requests, false, num_heads, num_kv_heads);
     if (is_bfloat16)
-        attend_all<bfloat16>(step, cache, num_requests);
+        attend_all<bfloat16>(step, cache, tasks);
     else
-        attend_all<float>(step, cache, num_requests);
+        attend_all<float>(step, cache, tasks);
 }
 
 // k and v are [T, K, H] with k_stride and v_stride elements between tokens, of the pools' type.
@@ -787,26 +804,32 @@ void sarathi_draw(const float* logits, int64_t num_rows, int64_t vocab_size, con
 // Numbers of scratch that `sarathi_layers` needs for each token.
 int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_each(*sizes); }
 
-// Runs layers on hidden states, [T, D] float32, in place. All rows must be multiples of the lanes long.
+// Runs layers on hidden states, [T, D] float32, which are overwritten: with what comes out, unless the step is
+// `last_only`; then `last` gets that, [R, D]. All rows must be multiples of the lanes long.
 void sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const LayerStep* step,
-                    float* hidden, float* scratch_memory) {
+                    float* hidden, float* last, float* scratch_memory) {
     const Scratch scratch(scratch_memory, *sizes, step->num_tokens);
-    const Step shape = {nullptr, 0, nullptr, step->cu_query_lens, step->seq_lens, (int)sizes->num_heads, 0.f, 0};
-    const Cache cache = {nullptr, nullptr, nullptr, 0, (int)sizes->num_kv_heads, (int)sizes->head_size,
-                         (int)sizes->block_size};
-    const std::vector<Task> tasks = make_tasks(shape, cache, step->num_requests);
+    const bool last_only = step->last_only;
+    auto tasks_of = [&](bool last_only) {
+        return make_tasks(step->cu_query_lens, step->seq_lens, step->num_requests, last_only, sizes->num_heads,
+                          sizes->num_kv_heads);
+    };
+    const std::vector<Task> all_tasks = tasks_of(false), last_tasks = last_only ? tasks_of(true) : all_tasks;
+    float* out = last_only ? last : hidden;
+    const int64_t count = (last_only ? step->num_requests : step->num_tokens) * sizes->hidden_size;
     std::vector<Work> phases(num_layers * PHASES);
-    Work last;
+    Work sum;
 #pragma omp parallel
     {
         const int num_threads = omp_get_num_threads();
         std::vector<float> buffer(buffer_size(sizes->head_size));
-        for (int layer = 0; layer < num_layers; layer++)
-            run_layer(layers[layer], *sizes, *step, tasks, scratch, hidden, layer == 0, num_threads,
-                      &phases[layer * PHASES], buffer.data());
-        const int64_t count = step->num_tokens * sizes->hidden_size;
-        last.share(count, grain_of(count, num_threads), [&](int64_t first, int64_t end) {
-            for (int64_t i = first; i < end; i++) hidden[i] += scratch.delta[i];
+        for (int layer = 0; layer < num_layers; layer++) {
+            const bool is_last = layer == num_layers - 1;
+            run_layer(layers[layer], *sizes, *step, is_last ? last_tasks : all_tasks, is_last && last_only, scratch,
+                      hidden, is_last ? out : hidden, layer == 0, num_threads, &phases[layer * PHASES], buffer.data());
+        }
+        sum.share(count, grain_of(count, num_threads), [&](int64_t first, int64_t end) {
+            for (int64_t i = first; i < end; i++) out[i] += scratch.delta[i];
         });
     }
 }

@@ -235,7 +235,7 @@ class StepGraphs:
             sampled: Tokens of the step before, [S], for those that are pending.
 
         Returns:
-            [T, D]; the next step may overwrite it on the last stage.
+            [T, D]; on the last stage [R, D], of each request's last token, which the next step may overwrite.
         """
         size = size_for(self._sizes, num_tokens=step.num_tokens, num_requests=len(step.query_lens))
         if size is None:
@@ -247,9 +247,10 @@ class StepGraphs:
             self._hidden[: step.num_tokens].copy_(hidden, non_blocking=True)
         graph, out = self._graphs[size]
         graph.replay()
-        out = out[: step.num_tokens]
+        if self._decoder.is_last:
+            return out[: len(step.query_lens)]
         # The stage after may still read it while this one begins its next step.
-        return out if self._decoder.is_last else out.clone()
+        return out[: step.num_tokens].clone()
 
     def _record(self, size: GraphSize, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Nothing is stored, and no key is read: only shapes matter.
@@ -270,7 +271,7 @@ class StepGraphs:
             decoder = self._decoder
             token_ids = self._tensors.token_ids(size)
             hidden = decoder.embed(token_ids) if decoder.is_first else self._hidden[: size.num_tokens]
-            return decoder.forward(hidden, metadata, self._kv_caches)
+            return decoder.forward(hidden, metadata, self._kv_caches, last_only=decoder.is_last)
 
         # Outside a graph first: kernels are compiled, and libraries choose theirs.
         stream = torch.cuda.Stream(self._decoder.device)  # type: ignore[no-untyped-call]  # torch's

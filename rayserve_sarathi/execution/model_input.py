@@ -80,8 +80,3 @@ def step_layout(step: StepInput, *, block_size: int) -> StepLayout:
 def first_tokens(step: StepInput) -> npt.NDArray[np.int64]:
     """Return where in the step each request's chunk begins, and T, [R + 1]."""
     return np.concatenate(([0], np.cumsum(step.query_lens, dtype=np.int64)))
-
-
-def sampled_tokens(step: StepInput) -> npt.NDArray[np.int64]:
-    """Return where in the step the last token of each sampling request is, [S]."""
-    return first_tokens(step)[1:][step.sample_requests] - 1

@@ -1,6 +1,6 @@
 """Run the steps of one stage, or of a rank of it. It knows weights, KV cache and kernels, and nothing of requests.
 
-Dimensions: T tokens in the step; D hidden size; S requests that sample a token; V vocabulary.
+Dimensions: T tokens in the step; R requests; D hidden size; S requests that sample a token; V vocabulary.
 """
 
 import logging
@@ -14,7 +14,7 @@ from torch import Tensor
 from rayserve_sarathi.execution.cuda_graphs import StepGraphs, StepLimits, refuse_graphs
 from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.logprobs import token_logprobs
-from rayserve_sarathi.execution.model_input import build_model_input, first_tokens, sampled_tokens
+from rayserve_sarathi.execution.model_input import build_model_input, first_tokens
 from rayserve_sarathi.execution.sampler import NOT_FINITE, Sampled, Sampling, sample
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.request import TokenLogprobs
@@ -124,16 +124,22 @@ class ModelRunner:
             hidden: Output of the stage before, [T, D], on any device; None on the first stage.
 
         Returns:
-            Input of the stage after, or of `logits` on the last stage, [T, D].
+            Input of the stage after, [T, D]. On the last stage input of `logits`: of each request's last token,
+            [R, D], unless log probabilities of prompts are wanted.
         """
         decoder = self._decoder
+        last_only = decoder.is_last and not step.prompt_logprobs
         sampled = self._sampled_before(step)
-        if self._graphs is not None and (out := self._graphs.run(step, hidden, sampled=sampled)) is not None:
+        if (
+            self._graphs is not None
+            and last_only == decoder.is_last
+            and (out := self._graphs.run(step, hidden, sampled=sampled)) is not None
+        ):
             return out
         model_input = build_model_input(step, block_size=self._block_size, device=decoder.device, sampled=sampled)
         if hidden is None:
             hidden = decoder.embed(model_input.token_ids)
-        return decoder.forward(hidden.to(decoder.device), model_input.metadata, self._kv_caches)
+        return decoder.forward(hidden.to(decoder.device), model_input.metadata, self._kv_caches, last_only=last_only)
 
     @torch.inference_mode()
     def logits(self, step: StepInput, hidden: Tensor) -> StepLogits:
@@ -141,9 +147,10 @@ class ModelRunner:
 
         Args:
             step: What `forward` got.
-            hidden: What `forward` returned, [T, D].
+            hidden: What `forward` returned.
         """
-        logits = self._decoder.logits(hidden[sampled_tokens(step)]) if len(step.sample_requests) else None
+        rows = first_tokens(step)[1:] - 1 if step.prompt_logprobs else np.arange(len(step.query_lens))
+        logits = self._decoder.logits(hidden[rows[step.sample_requests]]) if len(step.sample_requests) else None
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         for query in step.prompt_logprobs:
             reports = self._prompt_logprobs(step, hidden, query)

@@ -1,6 +1,6 @@
 """Self-attention of a layer, or a rank's heads of it.
 
-Dimensions: T tokens in the step; N query and K KV heads of the rank; H head size; D hidden size.
+Dimensions: T tokens in the step; R requests; N query and K KV heads of the rank; H head size; D hidden size.
 """
 
 from torch import Tensor
@@ -47,11 +47,12 @@ class Attention:
         k_cache: Tensor,
         v_cache: Tensor,
         metadata: AttentionMetadata,
+        last_only: bool,
     ) -> Tensor:
-        """Attend from x, [T, D]; the new keys and values are stored in the caches.
+        """Attend from x, [T, D], or with `last_only` from each request's last token; all keys and values are stored.
 
         Returns:
-            What the rank's heads contribute: the sum over all ranks is the layer's attention, [T, D].
+            What the rank's heads contribute: the sum over all ranks is the layer's attention, [T, D] or [R, D].
         """
         qkv = self.qkv(x).view(len(x), -1, self._head_size)
         if self._qk_norms is not None:
@@ -62,6 +63,8 @@ class Attention:
                 qkv[:, self._num_heads : num_rotated], k_norm, eps=self._eps
             )
         q = self._backend.rotate_and_write(qkv, k_cache, v_cache, cos=cos, sin=sin, metadata=metadata)
+        if last_only:
+            q, metadata = q[metadata.last_rows()], metadata.of_last_tokens()
         out = self._backend.attention(
             q,
             k_cache,

@@ -1,6 +1,6 @@
 """The decoder that all families share, or a rank of a stage of it: some layers, embedding and head at the ends.
 
-Dimensions: T tokens in the step; D hidden size; V vocabulary; n rows whose logits are wanted.
+Dimensions: T tokens in the step; R requests; D hidden size; V vocabulary; n rows whose logits are wanted.
 """
 
 from collections.abc import Sequence
@@ -87,7 +87,12 @@ class Decoder:
         return self._embedding(token_ids)
 
     def forward(
-        self, hidden: Tensor, metadata: AttentionMetadata, kv_caches: Sequence[tuple[Tensor, Tensor]]
+        self,
+        hidden: Tensor,
+        metadata: AttentionMetadata,
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        last_only: bool = False,
     ) -> Tensor:
         """Run the stage's layers.
 
@@ -95,17 +100,29 @@ class Decoder:
             hidden: [T, D], of `embed` or of the stage before.
             metadata: The step.
             kv_caches: Key and value pool of each layer of the stage, in the backend's layout.
+            last_only: Whether each request's last token is enough, as on the last stage it is for sampling: the last
+                layer then computes no more of the others than their keys and values.
 
         Returns:
-            [T, D], for `logits` or for the next stage.
+            [T, D], for `logits` or for the next stage; with `last_only` [R, D].
         """
+        last_only = last_only and metadata.has_chunks  # without chunks the tokens are the last ones
         cos, sin = self._rotary(metadata.positions)
         if self._dense_layers is not None and self.backend.is_in_layers:
-            return self._dense_layers(hidden, cos=cos, sin=sin, kv_caches=kv_caches, metadata=metadata)
+            return self._dense_layers(
+                hidden, cos=cos, sin=sin, kv_caches=kv_caches, metadata=metadata, last_only=last_only
+            )
         addend = None
         for layer, (k_cache, v_cache) in zip(self._layers, kv_caches, strict=True):
             hidden, addend = layer(
-                hidden, addend, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata
+                hidden,
+                addend,
+                cos=cos,
+                sin=sin,
+                k_cache=k_cache,
+                v_cache=v_cache,
+                metadata=metadata,
+                last_only=last_only and layer is self._layers[-1],
             )
         return hidden if addend is None else hidden + addend
 

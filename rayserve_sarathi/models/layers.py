@@ -1,6 +1,6 @@
 """A decoder layer: attention and MLP behind norms and beside a residual, in one of two layouts.
 
-Dimensions: T tokens in the step; D hidden size.
+Dimensions: T tokens in the step; R requests; D hidden size.
 """
 
 from torch import Tensor
@@ -81,6 +81,7 @@ class Layer:
         k_cache: Tensor,
         v_cache: Tensor,
         metadata: AttentionMetadata,
+        last_only: bool,
     ) -> tuple[Tensor, Tensor]:
         """Compute the layer on hidden states, [T, D], the same on all ranks.
 
@@ -92,12 +93,19 @@ class Layer:
             cos: Of the tokens' angles, [T, 1, H / 2]; `sin` likewise.
             k_cache: The layer's key pool; `v_cache` likewise.
             metadata: The step.
+            last_only: Whether to go on with each request's last token alone, once keys and values are stored: then
+                what is returned is [R, D].
         """
         if addend is None:
             x = self._input_norm(hidden)
         else:
             x, hidden = self._input_norm.add(addend, hidden)
-        attention = self._attention(x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata)
+        attention = self._attention(
+            x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache, metadata=metadata, last_only=last_only
+        )
+        if last_only:
+            rows = metadata.last_rows()
+            x, hidden = x[rows], hidden[rows]
         if self._is_parallel:
             # The ranks sum both at once (Wang and Komatsuzaki, 2021).
             mlp = self._mlp(x if self._mlp_norm is None else self._mlp_norm(hidden))

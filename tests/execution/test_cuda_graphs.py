@@ -40,8 +40,11 @@ def step_of(num_decodes: int, chunks: tuple[tuple[int, int], ...]):
 @pytest.mark.parametrize(
     ("num_decodes", "chunks"), [(3, ()), (4, ()), (0, ((7, 0),)), (2, ((7, 5), (12, 0))), (1, ((2, 30),))]
 )
+@pytest.mark.parametrize("last_only", [False, True])
 @torch.inference_mode()
-def test_a_step_that_is_filled_up_has_the_same_hidden_states(decoder: Decoder, num_decodes: int, chunks) -> None:
+def test_a_step_that_is_filled_up_has_the_same_hidden_states(
+    decoder: Decoder, num_decodes: int, chunks, last_only: bool
+) -> None:
     tensors = StepTensors(max_num_tokens=40, max_num_seqs=4, max_num_blocks=16, device=torch.device("cpu"))
     pools = allocate_kv_caches(decoder, num_blocks=64, block_size=BLOCK_SIZE)
     for pool in (cache for pair in pools for cache in pair):
@@ -58,12 +61,17 @@ def test_a_step_that_is_filled_up_has_the_same_hidden_states(decoder: Decoder, n
 
     model_input = build_model_input(step, block_size=BLOCK_SIZE, device=torch.device("cpu"))
     plain_pools = [(k.clone(), v.clone()) for k, v in pools]
-    expected = decoder.forward(decoder.embed(model_input.token_ids), model_input.metadata, plain_pools)
+    expected = decoder.forward(
+        decoder.embed(model_input.token_ids), model_input.metadata, plain_pools, last_only=last_only
+    )
     layout = step_layout(step, block_size=BLOCK_SIZE)
     tensors.write(step.token_ids, layout, size)
-    filled = decoder.forward(decoder.embed(tensors.token_ids(size)), tensors.metadata(size, layout), pools)
+    filled = decoder.forward(
+        decoder.embed(tensors.token_ids(size)), tensors.metadata(size, layout), pools, last_only=last_only
+    )
 
-    torch.testing.assert_close(filled[: step.num_tokens], expected, atol=1e-4, rtol=1e-4)
+    assert len(expected) == (num_decodes + len(chunks) if last_only else step.num_tokens)
+    torch.testing.assert_close(filled[: len(expected)], expected, atol=1e-4, rtol=1e-4)
     for ours, plain in zip(pools, plain_pools, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 

@@ -40,9 +40,10 @@ def load(folder: Path, family: str, wrap) -> Decoder:
     return load_decoder(config, resolve_model(config), stage=0, wrap_backend=wrap)
 
 
+@pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_compute_the_same_bits(tmp_path: Path, family: str, num_threads: int) -> None:
+def test_they_compute_the_same_bits(tmp_path: Path, family: str, num_threads: int, last_only: bool) -> None:
     together = load(tmp_path, family, lambda backend: backend)
     apart = load(tmp_path, family, lambda backend: Apart())
     assert together.joins_layers and not apart.joins_layers
@@ -57,8 +58,9 @@ def test_they_compute_the_same_bits(tmp_path: Path, family: str, num_threads: in
                 for pool in (cache for pair in pools for cache in pair):
                     pool.normal_(generator=torch.Generator().manual_seed(1))
                 hidden = decoder.embed(model_input.token_ids)
-                outputs.append((decoder.forward(hidden, model_input.metadata, pools), pools))
+                outputs.append((decoder.forward(hidden, model_input.metadata, pools, last_only=last_only), pools))
             (ours, our_pools), (plain, plain_pools) = outputs
+            assert len(ours) == (num_decodes + len(chunks) if last_only else step.num_tokens)
             assert torch.equal(ours, plain)
             for one, other in zip(our_pools, plain_pools, strict=True):
                 assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])

@@ -90,10 +90,29 @@ INLINE Vector broadcast_to(std::index_sequence<LANE...>, float value) {
 // One load. `Vector{} + value` would be an addition as well, since it makes 0 of -0.
 INLINE Vector broadcast(float value) { return broadcast_to(std::make_index_sequence<LANES>(), value); }
 
+// All lanes as one number, by halves: `both` joins two vectors of any length.
+template <class F>
+INLINE float reduce(Vector vector, F both) {
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    typedef int32_t Places __attribute__((vector_size(16)));
+    Eight eights[LANES / 8];
+    std::memcpy(eights, &vector, sizeof vector);
+    if constexpr (LANES == 16) eights[0] = both(eights[0], eights[1]);
+    Four fours[2];
+    std::memcpy(fours, eights, sizeof fours);
+    const Four four = both(fours[0], fours[1]);
+    const Four two = both(four, __builtin_shuffle(four, Places{2, 3, 0, 1}));
+    return both(two[0], two[1]);
+}
+
 INLINE float sum_of(Vector vector) {
-    float sum = 0.f;
-    for (int lane = 0; lane < LANES; lane++) sum += vector[lane];
-    return sum;
+    return reduce(vector, [](auto a, auto b) { return a + b; });
+}
+
+// Of lanes with a NaN, one of the others or NaN.
+INLINE float largest_of(Vector vector) {
+    return reduce(vector, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Sets of sums for so many of them at once: with few, several sets hide the latency of additions.
@@ -159,7 +178,7 @@ struct Task {
     int64_t cost;
 };
 
-// scores[r][t] = sum over d of q[r][d] * k[d][t], for R rows and GROUP tokens.
+// scores[r][t] = sum over d of q[d][r] * k[d][t], for R rows and GROUP tokens.
 template <int R, class T>
 INLINE void score(const float* q, int head_size, const T* k, int64_t k_stride, float* scores, const T* next_k,
                   const T* v) {
@@ -175,7 +194,7 @@ INLINE void score(const float* q, int head_size, const T* k, int64_t k_stride, f
             Vector row[VECTORS];
             for (int part = 0; part < VECTORS; part++) row[part] = load(k + (d + set) * k_stride + part * LANES);
             for (int r = 0; r < R; r++) {
-                Vector factor = broadcast(q[r * head_size + d + set]);
+                Vector factor = broadcast(q[(d + set) * R + r]);
                 for (int part = 0; part < VECTORS; part++) sums[set][r][part] += factor * row[part];
             }
         }
@@ -226,13 +245,13 @@ INLINE void softmax_row(float* scores, int num_keys, int first_visible, int end_
         Vector other = load(scores + key);
         largest = other > largest ? other : largest;
     }
-    float now = *maximum;
-    for (int lane = 0; lane < LANES; lane++) now = std::max(now, largest[lane]);
+    const float here = largest_of(largest);
+    const float now = here > *maximum || std::isnan(here) ? here : *maximum;
     if (now == -INFINITE) {  // the row sees none of these keys, nor any before
         std::memset(scores, 0, sizeof(float) * num_keys);
         return;
     }
-    float shrink = std::exp2(*maximum - now);
+    const float shrink = *maximum == now ? 1.f : exp2_of_negative(broadcast(*maximum - now))[0];
     Vector sums = {};
     for (int key = 0; key < num_keys; key += LANES) {
         Vector weight = exp2_of_negative(load(scores + key) - broadcast(now));
@@ -265,9 +284,12 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
     auto token_of = [&](int row) { return (task.first_row + row) / G; };
     auto head_of = [&](int row) { return (int64_t)task.head * G + (task.first_row + row) % G; };
 
+    // The rows of a tile side by side, [H, R], so that their places are constants: with registers for twelve of them,
+    // moving these took as long as multiplying.
     for (int r = 0; r < num_rows; r++) {
         const float* from = step.q + (query.first_token + token_of(r)) * step.q_stride + head_of(r) * H;
-        for (int d = 0; d < H; d++) q[r * H + d] = from[d] * (step.scale * LOG2_E);
+        const int tile = r / TILE * TILE, num_in_tile = std::min(TILE, num_rows - tile);
+        for (int d = 0; d < H; d++) q[tile * H + d * num_in_tile + r - tile] = from[d] * (step.scale * LOG2_E);
         maxima[r] = -INFINITE;
         sums[r] = 0.f;
     }

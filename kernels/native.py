@@ -26,6 +26,8 @@ _TIMEOUT_S = 120.0
 _CPUINFO = Path("/proc/cpuinfo")
 
 
+_ABI = 1
+"""Of the functions and structs in csrc/cpu.cpp, which says the same."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
     "sarathi_attention": "plppippppliiiiifi",
@@ -59,9 +61,9 @@ def load_library() -> ctypes.CDLL:
         if {"avx2", "fma"} <= _cpu_flags():
             try:
                 return _open(installed)
-            except (OSError, AttributeError) as error:  # the latter of a build of another version, which lacks one
+            except (OSError, NativeBuildError) as error:
                 why = f"{why}; {error}"
-    raise NativeBuildError(f"the C++ kernels cannot be built ({why}), and no build of them was installed")
+    raise NativeBuildError(f"the C++ kernels cannot be built ({why}), and no build of this version was installed")
 
 
 def kernels_for(x: Tensor, *, row_size: int = 0) -> ctypes.CDLL | None:
@@ -89,6 +91,8 @@ def _kernels_or_none() -> ctypes.CDLL | None:
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
+    if not hasattr(library, "sarathi_abi") or library.sarathi_abi() != _ABI:
+        raise NativeBuildError(f"{path} was built from another version of the source")
     for name in ("sarathi_lanes", "sarathi_panel"):
         getattr(library, name).restype = ctypes.c_int
     library.sarathi_layers_scratch.restype = ctypes.c_int64

@@ -95,15 +95,13 @@ template <class F>
 INLINE float reduce(Vector vector, F both) {
     typedef float Eight __attribute__((vector_size(32)));
     typedef float Four __attribute__((vector_size(16)));
-    typedef int32_t Places __attribute__((vector_size(16)));
     Eight eights[LANES / 8];
     std::memcpy(eights, &vector, sizeof vector);
     if constexpr (LANES == 16) eights[0] = both(eights[0], eights[1]);
     Four fours[2];
     std::memcpy(fours, eights, sizeof fours);
     const Four four = both(fours[0], fours[1]);
-    const Four two = both(four, __builtin_shuffle(four, Places{2, 3, 0, 1}));
-    return both(two[0], two[1]);
+    return both(both(four[0], four[2]), both(four[1], four[3]));
 }
 
 INLINE float sum_of(Vector vector) {
@@ -737,6 +735,9 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
 }  // namespace
 
 extern "C" {
+
+// Changes with what follows, structs included, so that nobody takes a build of another version: see native.py.
+int sarathi_abi() { return 1; }
 
 // Sizes of rows must be multiples of this.
 int sarathi_lanes() { return LANES; }

@@ -59,8 +59,10 @@ def test_processes_that_start_together_share_a_build(tmp_path: Path):
 def test_without_a_compiler_an_installed_build_is_taken_or_the_reason_told(tmp_path: Path, compiler: str, reason: str):
     told = load_in_a_process(tmp_path, CXX=compiler)
 
-    if list(Path(native.__file__).parent.resolve().glob("_cpu*.so")):
+    # In a checkout the installed one may be of a commit before.
+    is_old = "was built from another version of the source" in told
+    if list(Path(native.__file__).parent.resolve().glob("_cpu*.so")) and not is_old:
         assert told == ""
     else:
         assert reason in told
-        assert "no build of them was installed" in told
+        assert "no build of this version was installed" in told

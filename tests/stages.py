@@ -9,13 +9,15 @@ import numpy as np
 import torch
 
 from rayserve_sarathi.config import EngineConfig
+from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.model_runner import ModelRunner
+from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.request import SamplingParams
 from rayserve_sarathi.step import SAMPLING_DTYPE, PromptLogprobsQuery, StepInput, StepOutput, pack_sampling
 
-ANY_PROMPT_LOGPROBS = PromptLogprobsQuery(request=0, num_logprobs=0, target_token_ids=np.zeros(1, dtype=np.int32))
+_ANY_PROMPT_LOGPROBS = PromptLogprobsQuery(request=0, num_logprobs=0, target_token_ids=np.zeros(1, dtype=np.int32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,14 @@ def make_step(*chunks: Chunk, step_id: int = 0, **fields: Any) -> StepInput:
     )
 
 
+def random_pools(decoder: Decoder, *, num_blocks: int, block_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return a KV cache that holds numbers already, the same ones each time."""
+    pools = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
+    for pool in (cache for pair in pools for cache in pair):
+        pool.normal_(generator=torch.Generator().manual_seed(1))
+    return pools
+
+
 class Stages:
     """All stages of a model in this process."""
 
@@ -67,7 +77,7 @@ class Stages:
     def hidden(self, step: StepInput) -> torch.Tensor:
         """Run all stages and return the hidden states, [T, D]."""
         # Log probabilities of a prompt, whichever, need all of them; without, the last stage has the last ones alone.
-        return self._forward(replace(step, prompt_logprobs=(ANY_PROMPT_LOGPROBS,)))
+        return self._forward(replace(step, prompt_logprobs=(_ANY_PROMPT_LOGPROBS,)))
 
     def logits(self, step: StepInput) -> torch.Tensor:
         """Return the logits of each token of the step, [T, V]."""

@@ -90,7 +90,7 @@ INLINE Vector broadcast_to(std::index_sequence<LANE...>, float value) {
 // One load. `Vector{} + value` would be an addition as well, since it makes 0 of -0.
 INLINE Vector broadcast(float value) { return broadcast_to(std::make_index_sequence<LANES>(), value); }
 
-// All lanes as one number, by halves: `both` joins two vectors of any length.
+// All lanes as one number, by halves: `both` joins two vectors, or two numbers.
 template <class F>
 INLINE float reduce(Vector vector, F both) {
     typedef float Eight __attribute__((vector_size(32)));
@@ -833,11 +833,11 @@ void sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes
                     float* hidden, float* last, float* scratch_memory) {
     const Scratch scratch(scratch_memory, *sizes, step->num_tokens);
     const bool last_only = step->last_only;
-    auto tasks_of = [&](bool last_only) {
-        return make_tasks(step->cu_query_lens, step->seq_lens, step->num_requests, last_only, sizes->num_heads,
+    auto tasks_of = [&](bool of_last_tokens) {
+        return make_tasks(step->cu_query_lens, step->seq_lens, step->num_requests, of_last_tokens, sizes->num_heads,
                           sizes->num_kv_heads);
     };
-    const std::vector<Task> all_tasks = tasks_of(false), last_tasks = last_only ? tasks_of(true) : all_tasks;
+    const std::vector<Task> all_tasks = tasks_of(false), last_tasks = last_only ? tasks_of(true) : std::vector<Task>();
     float* out = last_only ? last : hidden;
     const int64_t count = (last_only ? step->num_requests : step->num_tokens) * sizes->hidden_size;
     std::vector<Work> phases(num_layers * PHASES);
@@ -847,9 +847,9 @@ void sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes
         const int num_threads = omp_get_num_threads();
         std::vector<float> buffer(buffer_size(sizes->head_size));
         for (int layer = 0; layer < num_layers; layer++) {
-            const bool is_last = layer == num_layers - 1;
-            run_layer(layers[layer], *sizes, *step, is_last ? last_tasks : all_tasks, is_last && last_only, scratch,
-                      hidden, is_last ? out : hidden, layer == 0, num_threads, &phases[layer * PHASES], buffer.data());
+            const bool is_short = last_only && layer == num_layers - 1;
+            run_layer(layers[layer], *sizes, *step, is_short ? last_tasks : all_tasks, is_short, scratch, hidden,
+                      is_short ? out : hidden, layer == 0, num_threads, &phases[layer * PHASES], buffer.data());
         }
         sum.share(count, grain_of(count, num_threads), [&](int64_t first, int64_t end) {
             for (int64_t i = first; i < end; i++) out[i] += scratch.delta[i];

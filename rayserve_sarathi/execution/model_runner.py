@@ -130,6 +130,7 @@ class ModelRunner:
         decoder = self._decoder
         last_only = decoder.is_last and not step.prompt_logprobs
         sampled = self._sampled_before(step)
+        # A graph of the last stage has the last tokens alone.
         if (
             self._graphs is not None
             and last_only == decoder.is_last
@@ -149,8 +150,10 @@ class ModelRunner:
             step: What `forward` got.
             hidden: What `forward` returned.
         """
-        rows = first_tokens(step)[1:] - 1 if step.prompt_logprobs else np.arange(len(step.query_lens))
-        logits = self._decoder.logits(hidden[rows[step.sample_requests]]) if len(step.sample_requests) else None
+        rows = step.sample_requests.astype(np.int64)
+        if step.prompt_logprobs:  # then there is a row for each token
+            rows = first_tokens(step)[1:][rows] - 1
+        logits = self._decoder.logits(hidden[rows]) if len(rows) else None
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         for query in step.prompt_logprobs:
             reports = self._prompt_logprobs(step, hidden, query)

@@ -12,13 +12,13 @@ from rayserve_sarathi.execution.cuda_graphs import (
     refuse_graphs,
     size_for,
 )
-from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.model_input import build_model_input, step_layout
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.profiling.grid import make_step
 from tests.checkpoints import save_checkpoint
+from tests.stages import random_pools
 
 BLOCK_SIZE = 4
 LIMITS = StepLimits(num_tokens=200, num_seqs=12, model_len=64)
@@ -46,9 +46,7 @@ def test_a_step_that_is_filled_up_has_the_same_hidden_states(
     decoder: Decoder, num_decodes: int, chunks, last_only: bool
 ) -> None:
     tensors = StepTensors(max_num_tokens=40, max_num_seqs=4, max_num_blocks=16, device=torch.device("cpu"))
-    pools = allocate_kv_caches(decoder, num_blocks=64, block_size=BLOCK_SIZE)
-    for pool in (cache for pair in pools for cache in pair):
-        pool.normal_(generator=torch.Generator().manual_seed(1))
+    pools = random_pools(decoder, num_blocks=64, block_size=BLOCK_SIZE)
     step = step_of(num_decodes, chunks)
     size = GraphSize(num_tokens=40 if chunks else 4, num_requests=4, has_chunks=bool(chunks))
     # What an earlier step has left there must not matter.

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.model_input import build_model_input
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.profiling.grid import make_step
 from tests.checkpoints import FAMILIES, save_checkpoint
+from tests.stages import random_pools
 
 BLOCK_SIZE = 16
 
@@ -29,9 +29,7 @@ def test_last_tokens_alone_have_the_same_hidden_states(tmp_path: Path, family: s
     model_input = build_model_input(step, block_size=BLOCK_SIZE, device=torch.device("cpu"))
     made = []
     for last_only in (False, True):
-        pools = allocate_kv_caches(decoder, num_blocks=24, block_size=BLOCK_SIZE)
-        for pool in (cache for pair in pools for cache in pair):
-            pool.normal_(generator=torch.Generator().manual_seed(1))
+        pools = random_pools(decoder, num_blocks=24, block_size=BLOCK_SIZE)
         hidden = decoder.embed(model_input.token_ids)
         made.append((decoder.forward(hidden, model_input.metadata, pools, last_only=last_only), pools))
     (whole, whole_pools), (last, last_pools) = made

@@ -15,6 +15,7 @@ from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.profiling.grid import make_step
 from tests.checkpoints import save_checkpoint
+from tests.stages import random_pools
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler to build with")
 
@@ -54,9 +55,7 @@ def test_they_compute_the_same_bits(tmp_path: Path, family: str, num_threads: in
             model_input = build_model_input(step, block_size=16, device=torch.device("cpu"))
             outputs = []
             for decoder in (together, apart):
-                pools = allocate_kv_caches(decoder, num_blocks=24, block_size=16)
-                for pool in (cache for pair in pools for cache in pair):
-                    pool.normal_(generator=torch.Generator().manual_seed(1))
+                pools = random_pools(decoder, num_blocks=24, block_size=16)
                 hidden = decoder.embed(model_input.token_ids)
                 outputs.append((decoder.forward(hidden, model_input.metadata, pools, last_only=last_only), pools))
             (ours, our_pools), (plain, plain_pools) = outputs

@@ -410,8 +410,11 @@ void write_all(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* ke
 
 constexpr int PANEL = 2 * LANES;
 constexpr int64_t DEPTH = 2048;
+constexpr int AHEAD = 32;  // inputs: 4 KB of a panel where vectors are longest
 
-// y[r][o] = start[r][o] + sum over i of x[r][i] * panel[i][o], for R rows and the PANEL outputs of a panel.
+// y[r][o] = start[r][o] + sum over i of x[r][i] * panel[i][o], for R rows and the PANEL outputs of a panel. The panel is
+// fetched ahead: the more rows there are, the fewer inputs a core looks ahead by itself, and then it would either wait
+// for memory or multiply.
 template <int R>
 INLINE void multiply(const float* x, int64_t x_stride, const float* panel, int64_t depth, const float* start,
                      int64_t start_stride, float* y, int64_t y_stride) {
@@ -430,7 +433,8 @@ INLINE void multiply(const float* x, int64_t x_stride, const float* panel, int64
     int64_t i = 0;
     for (; i + SETS <= depth; i += SETS)
         for (int set = 0; set < SETS; set++) {
-            if (SETS > 1) __builtin_prefetch(panel + (i + set + 32) * PANEL);
+            for (int line = 0; line < PANEL; line += 16)
+                __builtin_prefetch(panel + (i + set + AHEAD) * PANEL + line, 0, 2);
             add(set, i + set);
         }
     for (; i < depth; i++) add(0, i);

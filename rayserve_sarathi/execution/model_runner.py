@@ -153,7 +153,8 @@ class ModelRunner:
         rows = step.sample_requests.astype(np.int64)
         if step.prompt_logprobs:  # then there is a row for each token
             rows = first_tokens(step)[1:][rows] - 1
-        logits = self._decoder.logits(hidden[rows]) if len(rows) else None
+        of_rows = hidden if len(rows) == len(hidden) else hidden[rows]  # ascending, so these are all
+        logits = self._decoder.logits(of_rows) if len(rows) else None
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         for query in step.prompt_logprobs:
             reports = self._prompt_logprobs(step, hidden, query)

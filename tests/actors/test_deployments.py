@@ -63,14 +63,18 @@ class TwoNodes:
         application = self._call("GET", self._api)["applications"].get(name, {})
         return application.get("status", ""), application.get("message", "")
 
-    def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Return status and answer of a request; status 0 where nobody answers."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+    def request(
+        self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = 2.0
+    ) -> tuple[int, dict[str, Any]]:
+        """Return status and answer of a GET, or with a body of a POST; status 0 where nobody answers.
+
+        A proxy that does not know the application yet may let a request wait for ever, so whoever asks is better off
+        asking again.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            # A proxy that does not know the application yet may let a request wait for ever.
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             with error:
@@ -137,15 +141,13 @@ def complete(cluster: TwoNodes, application: dict[str, Any]) -> dict[str, Any]:
         "ignore_eos": True,
         "temperature": 0,
     }
-    answers: list[tuple[int, dict[str, Any]]] = []
-
-    def is_answered() -> bool:
-        # The proxy learns of a new application a moment after it runs.
-        answers.append(cluster.post("/v1/completions", body))
-        return answers[-1][0] == 200
-
-    wait_until(is_answered, timeout_s=90, message=lambda: f"no answer: {answers[-1]}")
-    return answers[-1][1]
+    # The proxy learns of a new application a moment after it runs.
+    wait_until(
+        lambda: cluster.request("/v1/models")[0] == 200, timeout_s=90, message=lambda: "the proxy does not know it"
+    )
+    status, answer = cluster.request("/v1/completions", body, timeout_s=90)
+    assert status == 200, answer
+    return answer
 
 
 def run_doctor(cluster: TwoNodes, folder: Path, args: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
@@ -198,7 +200,7 @@ def test_what_waits_for_nodes_says_so_to_its_clients(cluster: TwoNodes):
     answers: list[tuple[int, dict[str, Any]]] = []
 
     def is_explained() -> bool:
-        answers.append(cluster.post("/v1/completions", body))
+        answers.append(cluster.request("/v1/completions", body))
         return answers[-1][0] == 503 and "for its place" in str(answers[-1][1])
 
     wait_until(is_explained, timeout_s=60, message=lambda: f"no explanation: {answers[-1]}")

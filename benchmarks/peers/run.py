@@ -65,15 +65,14 @@ def measure_http(
     engine: HttpEngine, model: Model, workloads: Sequence[Workload], interference: Interference | None
 ) -> dict[str, Figure]:
     """Return the figures of an engine's workloads; without W3's if there is no `interference`."""
-    if not engine.has_own_way or interference is None:
-        with serving(engine, model.name, is_interfered=False) as endpoint:
-            return asyncio.run(_drive(endpoint, model, workloads, interference))
-    figures: dict[str, Figure] = {}
-    if workloads:
-        with serving(engine, model.name, is_interfered=False) as endpoint:
-            figures |= asyncio.run(_drive(endpoint, model, workloads, None))
-    with serving(engine, model.name, is_interfered=True) as endpoint:
-        return figures | asyncio.run(_drive(endpoint, model, (), interference))
+    is_once = not engine.has_own_way or interference is None
+    with serving(engine, model.name, is_interfered=False) as endpoint:
+        figures = asyncio.run(_drive(endpoint, model, workloads, interference if is_once else None))
+        figures["same_tokens"] = compare(endpoint, model)
+    if not is_once:
+        with serving(engine, model.name, is_interfered=True) as endpoint:
+            figures |= asyncio.run(_drive(endpoint, model, (), interference))
+    return figures
 
 
 async def _drive(
@@ -238,20 +237,19 @@ def measure_openvino(
     return figures
 
 
-def compare(engine: HttpEngine, model: Model) -> str:
+def compare(endpoint: Endpoint, model: Model) -> str:
     """Return how many prompts get an engine's greedy tokens as transformers would have them."""
-    with serving(engine, model.name, is_interfered=False) as endpoint:
 
-        def complete(prompt: list[int]) -> str:
-            head = model.text(prompt) if endpoint.takes_text else prompt
-            body = {"model": endpoint.model, "prompt": head, "max_tokens": NUM_COMPARED, "temperature": 0}
-            request = urllib.request.Request(
-                f"{endpoint.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return str(json.load(response)["choices"][0]["text"])
+    def complete(prompt: list[int]) -> str:
+        head = model.text(prompt) if endpoint.takes_text else prompt
+        body = {"model": endpoint.model, "prompt": head, "max_tokens": NUM_COMPARED, "temperature": 0}
+        request = urllib.request.Request(
+            f"{endpoint.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return str(json.load(response)["choices"][0]["text"])
 
-        return model.compare(complete)
+    return model.compare(complete)
 
 
 def limit_of(workload: Workload, model: Model, limits: Limits) -> float:
@@ -325,8 +323,6 @@ def main() -> None:
                     measured = measure_openvino(model, workloads, interference)
                 else:
                     measured = measure_http(by_engine[engine], model, workloads, interference)
-                    if number == 0:
-                        measured["same_tokens"] = compare(by_engine[engine], model)
             # Whatever goes wrong with one engine is a line about it, and the others go on.
             except (NotInstalledError, RuntimeError, ExceptionGroup, OSError, subprocess.CalledProcessError) as error:
                 failures[engine] = _reason(error)

@@ -262,7 +262,7 @@ def limit_of(workload: Workload, model: Model, limits: Limits) -> float:
 
 
 def median_of(rounds: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
-    """Return the median of each figure."""
+    """Return the median of each figure; of texts all that differ."""
     merged: dict[str, Figure] = {}
     for name, first in rounds[0].items():
         several = [one[name] for one in rounds if name in one]
@@ -271,7 +271,7 @@ def median_of(rounds: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
         elif isinstance(first, float):
             merged[name] = statistics.median(one for one in several if isinstance(one, float))
         else:
-            merged[name] = first
+            merged[name] = "; ".join(dict.fromkeys(map(str, several)))
     return merged
 
 

@@ -107,7 +107,8 @@ def sample(logits: Tensor, step: StepInput) -> Sampling:
         logits: [S, V] float32; changed in place.
         step: Says how.
     """
-    is_bad = _is_bad(logits)
+    # The largest logit is NaN if any is.
+    is_bad = ~logits.amax(dim=-1).isfinite()
     # To look first would make a GPU wait; on a CPU it saves writing all logits again, which took longer than the rest.
     if logits.is_cuda or is_bad.any():
         logits.masked_fill_(is_bad[:, None], 0)
@@ -126,14 +127,6 @@ def sample(logits: Tensor, step: StepInput) -> Sampling:
     token_ids = _drawing_for(logits, settings)(logits, settings)
     num_logprobs = sampling["num_logprobs"][asked].tolist()
     return Sampling(token_ids, is_bad, raw_logprobs=raw_logprobs, asked=asked, num_logprobs=num_logprobs)
-
-
-def _is_bad(logits: Tensor) -> Tensor:
-    """Return which rows have logits that are NaN or infinite, [n] bool: then the largest one is, too."""
-    if logits.device.type == "cpu":
-        # Each call of torch's takes 5 to 10 us there, as long as all of a row, and these would be six.
-        return torch.from_numpy(~np.isfinite(logits.numpy().max(axis=-1)))
-    return ~logits.amax(dim=-1).isfinite()
 
 
 def _drawing_for(logits: Tensor, settings: npt.NDArray[np.float64]) -> _Draw:

@@ -66,10 +66,9 @@ class TwoNodes:
     def request(
         self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = 2.0
     ) -> tuple[int, dict[str, Any]]:
-        """Return status and answer of a GET, or with a body of a POST; status 0 where nobody answers.
+        """Return status and answer of a GET, or with a body of a POST; status 0 where nobody answers in time.
 
-        A proxy that does not know the application yet may let a request wait for ever, so whoever asks is better off
-        asking again.
+        The time is short, as a proxy that does not know the application yet may let a request wait for ever.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
@@ -141,13 +140,20 @@ def complete(cluster: TwoNodes, application: dict[str, Any]) -> dict[str, Any]:
         "ignore_eos": True,
         "temperature": 0,
     }
-    # The proxy learns of a new application a moment after it runs.
-    wait_until(
-        lambda: cluster.request("/v1/models")[0] == 200, timeout_s=90, message=lambda: "the proxy does not know it"
-    )
-    status, answer = cluster.request("/v1/completions", body, timeout_s=90)
-    assert status == 200, answer
-    return answer
+    answers: list[tuple[int, dict[str, Any]]] = []
+
+    def is_known() -> bool:
+        # The proxy learns of a new application a moment after it runs, and until then may ask the one before.
+        answers.append(cluster.request("/v1/models"))
+        return body["model"] in [model["id"] for model in answers[-1][1].get("data", ())]
+
+    def is_answered() -> bool:
+        answers.append(cluster.request("/v1/completions", body, timeout_s=30))
+        return answers[-1][0] == 200
+
+    for is_done in (is_known, is_answered):
+        wait_until(is_done, timeout_s=90, message=lambda: f"no answer: {answers[-1]}")
+    return answers[-1][1]
 
 
 def run_doctor(cluster: TwoNodes, folder: Path, args: dict[str, Any]) -> "subprocess.CompletedProcess[str]":

@@ -111,7 +111,7 @@ def run(backend: AttentionBackend, case: Case, dtype: torch.dtype, device: torch
     if len(earlier):
         k, v = (torch.cat([each[request][: context_lens[request]] for request in earlier]) for each in (keys, values))
         before = metadata_of(context_lens[earlier], np.zeros_like(earlier), earlier)
-        if isinstance(backend, TokenMajorCache):
+        if isinstance(backend, TokenMajorCache) and device == CPU:
             # All at once: in Triton's interpreter the kernel, which stores the step's own below, takes most of a test.
             slots = before.slot_mapping.long()
             k_cache.flatten(0, 1)[slots], v_cache.flatten(0, 1)[slots] = k, v

@@ -73,6 +73,8 @@ class ActorPipeline:
         elsewhere: a stage of several can compute nothing more, though all its ranks answer. It costs no time beside
         the stages that are replaced anyway, as all load at once, and no KV, as all of it is computed again.
         """
+        # First, or who is stopped would be waited for when the stages part and when they are asked for a sign of life.
+        self._stages.end(broken)
         await self._transport.close()
         self._num_inside = 0
         self._epoch += 1
@@ -95,7 +97,7 @@ class ActorPipeline:
     async def close(self) -> None:
         """Part the stages and end their actors."""
         await self._transport.close()
-        self._stages.end()
+        self._stages.end(range(len(self._stages.ranks)))
 
     @property
     def _heartbeat_s(self) -> float:

@@ -69,14 +69,12 @@ class StageGroup:
         Raises:
             PipelineFaultError: One did not come up.
         """
-        for stage in stages:
-            self._end(stage)
+        self.end(stages)
         try:
             await self._load(stages)
             await self._allocate(stages)
         except (EngineDeadError, ConfigError) as error:  # the latter of memory that is not free yet, say
-            for stage in stages:
-                self._end(stage)  # until the next attempt, what they hold can go
+            self.end(stages)  # until the next attempt, what they hold can go
             raise PipelineFaultError(str(error), reason="died", stages=stages) from error
 
     async def find_silent(self) -> dict[int, str]:
@@ -115,15 +113,12 @@ class StageGroup:
         ]
         return list(await asyncio.gather(*calls))
 
-    def end(self) -> None:
-        """End all actors."""
-        for stage in range(len(self.ranks)):
-            self._end(stage)
-
-    def _end(self, stage: int) -> None:
-        for handle in self.ranks[stage]:
-            ray.kill(handle)
-        self.ranks[stage] = []
+    def end(self, stages: Collection[int]) -> None:
+        """End the actors of some stages, whatever they do; these stages have none then."""
+        for stage in stages:
+            for handle in self.ranks[stage]:
+                ray.kill(handle)
+            self.ranks[stage] = []
 
     async def _load(self, stages: Collection[int]) -> list[int]:
         """Create the actors of stages; return how many KV blocks each has room for."""

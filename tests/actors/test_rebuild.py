@@ -39,6 +39,10 @@ class Stages:
     async def check_health(self) -> None:
         pass
 
+    def end(self, stages: Collection[int]) -> None:
+        for stage in stages:
+            self.ranks[stage] = []
+
     async def replace(self, stages: Collection[int]) -> None:
         for stage in stages:
             self.ranks[stage] = await asyncio.to_thread(self._load, stage)
@@ -72,6 +76,8 @@ class Threads:
         self._stages = stages
         self._threads: list[ThreadPoolExecutor] = []
         self._inside: deque[Future[StepOutput]] = deque()
+        self.parted: list[int] = []
+        """The stages that were asked to part when it was last closed."""
 
     async def open(self, epoch: int) -> None:
         self._threads = [ThreadPoolExecutor(1) for _ in self._stages.ranks[0]]
@@ -84,6 +90,7 @@ class Threads:
         return await asyncio.wrap_future(self._inside.popleft())
 
     async def close(self) -> None:
+        self.parted = [stage for stage, ranks in enumerate(self._stages.ranks) if ranks]
         for thread in self._threads:
             await asyncio.to_thread(thread.shutdown)
 
@@ -119,7 +126,9 @@ async def test_after_a_fault_in_the_first_stage_the_next_step_goes_through_all(
 
     fault = (await run_step(pipeline, bad)).fault
     assert fault is not None and fault.stage == 0
-    await pipeline.rebuild([fault.stage] if fault.is_stage_broken else [])
+    broken = [fault.stage] if fault.is_stage_broken else []
+    await pipeline.rebuild(broken)
+    assert transport.parted == [stage for stage in (0, 1) if stage not in broken]
     output = await run_step(pipeline, replace(good, epoch=1))
     await transport.close()
 

@@ -132,12 +132,17 @@ class Server:
         status = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids(title)]
         return {int(line.split()[1]) for lines in status for line in lines.splitlines() if line.startswith("PPid:")}
 
+    def metrics(self, name: str) -> list[float]:
+        """Return the values of a metric, in the order of its labels."""
+        _, text = self.get("/metrics")
+        lines = sorted(line for line in text.splitlines() if line.split("{")[0] == f"sarathi_{name}")
+        return [float(line.rsplit(" ", 1)[1]) for line in lines]
+
     def metric(self, name: str) -> float:
         """Return the sum of a metric over its labels."""
-        _, text = self.get("/metrics")
-        values = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.split("{")[0] == f"sarathi_{name}"]
+        values = self.metrics(name)
         assert values, f"no metric sarathi_{name}"
-        return sum(map(float, values))
+        return sum(values)
 
     def wait_until(self, is_true: Any, *, timeout_s: float, message: str) -> float:
         """Wait for a condition; return how long it took."""

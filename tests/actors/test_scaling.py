@@ -1,4 +1,4 @@
-"""Pipelines that come and go under load, and requests that find the pipeline with their prefix."""
+"""Pipelines that come and go under load."""
 
 import asyncio
 import sys
@@ -6,12 +6,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
 
-from tests.actors.clients import PROMPTS, complete, stream
+from tests.actors.clients import PROMPTS, stream
 from tests.actors.cluster import Server, serve_run
 
 pytestmark = pytest.mark.ray
@@ -38,8 +37,7 @@ def client_of(server: Server) -> openai.AsyncOpenAI:
 
 def started_by_pipeline(server: Server) -> list[float]:
     """Return how many requests each pipeline that runs has had."""
-    lines = server.get("/metrics")[1].splitlines()
-    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sarathi_request_started_total")]
+    return server.metrics("request_started_total")
 
 
 async def wait_until(
@@ -130,23 +128,3 @@ async def test_pipelines_come_and_go_under_load_without_a_failed_request(
             assert len(started_by_pipeline(server)) == 1
         assert load.num_answers >= 28
         assert "could not cancel" not in server.log
-
-
-async def test_requests_with_one_prefix_meet_and_others_spread(checkpoint: Path, tmp_path: Path):
-    args: dict[str, Any] = {
-        "model": str(checkpoint),
-        "served_model_name": "tiny",
-        "transport": "inline",
-        "max_model_len": 256,
-        "block_size": 8,
-    }
-    with serve_run(tmp_path, args, deployments=[{"name": "SchedulerActor", "num_replicas": 2}]) as server:
-        await wait_until(server, lambda started: len(started) == 2, timeout_s=60, message="not two pipelines")
-        async with client_of(server) as client:
-            for prefix in range(4):
-                for question in range(5):
-                    await complete(client, [10 + prefix] * 160 + [20 + question] * 8)
-        started = started_by_pipeline(server)
-
-        assert sorted(started) == [10, 10]
-        assert server.metric("prefix_cache_hits_total") == 4 * 4 * 160

@@ -3,44 +3,74 @@
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.actors.clients import PROMPTS, stream, streams_through
-from tests.actors.cluster import serve_run
+from tests.actors.clients import PROMPTS, complete, stream, streams_through
+from tests.actors.cluster import Server, serve_run
 
 pytestmark = pytest.mark.ray
 
 SCHEDULER = "ray::ServeReplica:test:SchedulerActor"
 
 
-async def test_two_inline_pipelines_share_the_requests_and_one_takes_over_from_the_other(
-    checkpoint: Path, greedy_texts: list[str], long_texts: list[str], tmp_path: Path
-):
-    args = {"model": str(checkpoint), "served_model_name": "tiny", "transport": "inline", "max_model_len": 256}
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    args = {
+        "model": str(checkpoint),
+        "served_model_name": "tiny",
+        "transport": "inline",
+        "max_model_len": 256,
+        "block_size": 8,
+    }
     replicas = [{"name": "SchedulerActor", "num_replicas": 2}]
-    with serve_run(tmp_path, args, deployments=replicas) as server:
-        server.wait_until(
-            lambda: server.get("/metrics")[1].count("\nsarathi_request_started_total") == 2,
+    with serve_run(tmp_path_factory.mktemp("serve"), args, deployments=replicas) as running:
+        running.wait_until(
+            lambda: len(running.metrics("request_started_total")) == 2,
             timeout_s=60,
             message="there are not two pipelines",
         )
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            answers = []
-            for first in range(0, len(PROMPTS), 4):
-                answers += await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS[first : first + 4]))
-            _, metrics = server.get("/metrics")
-            first, *_ = server.pids(SCHEDULER)
-            through_a_death = await streams_through(client, lambda: os.kill(first, signal.SIGKILL))
-    started = [
-        float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("sarathi_request_started_total")
-    ]
+        yield running
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as opened:
+        yield opened
+
+
+def new_requests(server: Server, before: list[float]) -> list[float]:
+    """Return how many requests each pipeline has had since then."""
+    after = server.metrics("request_started_total")
+    return [now - then for now, then in zip(after, before, strict=True)]
+
+
+async def test_requests_with_one_prefix_meet_and_others_spread(server: Server, client: openai.AsyncOpenAI):
+    started, hits = server.metrics("request_started_total"), server.metric("prefix_cache_hits_total")
+    for prefix in range(4):
+        for question in range(5):
+            await complete(client, [10 + prefix] * 160 + [20 + question] * 8)
+
+    assert new_requests(server, started) == [10, 10]
+    assert server.metric("prefix_cache_hits_total") - hits == 4 * 4 * 160
+
+
+async def test_they_share_the_requests(server: Server, client: openai.AsyncOpenAI, greedy_texts: list[str]):
+    started = server.metrics("request_started_total")
+    answers = []
+    for first in range(0, len(PROMPTS), 4):
+        answers += await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS[first : first + 4]))
+    shares = new_requests(server, started)
 
     assert answers == greedy_texts
-    assert through_a_death == long_texts
-    assert sum(started) == len(PROMPTS)
-    assert min(started) > 0
+    assert sum(shares) == len(PROMPTS)
+    assert min(shares) > 0
+
+
+async def test_one_takes_over_from_the_other(server: Server, client: openai.AsyncOpenAI, long_texts: list[str]):
+    first, _ = server.pids(SCHEDULER)
+
+    assert await streams_through(client, lambda: os.kill(first, signal.SIGKILL)) == long_texts

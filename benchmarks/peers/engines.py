@@ -78,8 +78,9 @@ def serving(engine: HttpEngine, model: str, *, is_interfered: bool) -> Iterator[
     yield from engine.serve(model, is_interfered)
 
 
-def _ours(model: str, is_interfered: bool) -> Iterator[Endpoint]:
-    arguments: dict[str, object] = {
+def our_settings(model: str, *, is_interfered: bool) -> dict[str, object]:
+    """Return this engine's settings for a size of model, as in a deployment file."""
+    settings: dict[str, object] = {
         "model": str(MODELS / model),
         "device": "cpu",
         "transport": "inline",
@@ -88,11 +89,15 @@ def _ours(model: str, is_interfered: bool) -> Iterator[Endpoint]:
     }
     if is_interfered:
         # About what a step of eight decodes and a tile of a prompt takes on two cores.
-        arguments["slo"] = {"tbt_s": {"15m": 0.025, "125m": 0.25}[model]}
-        arguments["scheduler"] = {"max_num_seqs": 64, "token_budget": "auto", "max_num_batched_tokens": 2048}
+        settings["slo"] = {"tbt_s": {"15m": 0.025, "125m": 0.25}[model]}
+        settings["scheduler"] = {"max_num_seqs": 64, "token_budget": "auto", "max_num_batched_tokens": 2048}
+    return settings
+
+
+def _ours(model: str, is_interfered: bool) -> Iterator[Endpoint]:
     with tempfile.TemporaryDirectory(prefix="rs-peers-") as folder:
         try:
-            with serve_run(Path(folder), arguments) as server:
+            with serve_run(Path(folder), our_settings(model, is_interfered=is_interfered)) as server:
                 yield Endpoint(url=server.url, model=str(MODELS / model))
         except AssertionError as error:
             raise NotInstalledError(str(error)[-2000:]) from error

@@ -4,12 +4,12 @@ benchmarks/peers/setup.sh        once: installs the others
 python benchmarks/peers/run.py [--engines NAME ...] [--models 15m 125m] [--rounds 3 | --quick] [--json PATH]
 
 Each engine serves OpenAI's API and is driven by the client of `sarathi bench`; OpenVINO GenAI, a library, is driven in
-its own process, without HTTP. W1: 16 clients, 64 tokens in and 128 out (output tokens/s). W2: 8 clients, 1,024 in and
-16 out (all tokens/s). W3: eight running decodes while a prompt of 2,000 tokens comes every two seconds (gaps of the
-running ones, milliseconds). W4: one client, 32 in and 128 out (output tokens/s). W5: 64 requests at once, 256 in and 64
-out (all tokens/s). All are greedy and in float32, and the first tokens are compared with transformers'. Engines take
-turns; of several rounds the median counts. The limit is that of this machine: operations of a large product, or bytes
-of the weights.
+its own process, without HTTP, and so is this engine once more. W1: 16 clients, 64 tokens in and 128 out (output
+tokens/s). W2: 8 clients, 1,024 in and 16 out (all tokens/s). W3: eight running decodes while a prompt of 2,000 tokens
+comes every two seconds (gaps of the running ones, milliseconds). W4: one client, 32 in and 128 out (output tokens/s).
+W5: 64 requests at once, 256 in and 64 out (all tokens/s). All are greedy and in float32, and the first tokens are
+compared with transformers'. Engines take turns; of several rounds the median counts. The limit is that of this machine:
+operations of a large product, or bytes of the weights.
 """
 
 import argparse
@@ -21,29 +21,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import SIZES
 from cpu_kernels import measure_limits
+from drive import drive, gap_figures
 from engines import ENGINES, Endpoint, HttpEngine, NotInstalledError, openvino_command, serving
+from in_process import measure_ours
 from limits import Limits
 from model import NUM_COMPARED, Model
 from report import Figure, write_report
 from workloads import WORKLOADS, Interference, Workload
 
 from rayserve_sarathi.bench.client import CompletionClient
-from rayserve_sarathi.bench.load import Send, Tally, run_closed_loop
-from rayserve_sarathi.bench.outcome import Outcome
-
-WARM_UP_S = 5.0
 
 
 class TextClient(CompletionClient):
@@ -67,106 +63,24 @@ def measure_http(
     """Return the figures of an engine's workloads; without W3's if there is no `interference`."""
     is_once = not engine.has_own_way or interference is None
     with serving(engine, model.name, is_interfered=False) as endpoint:
-        figures = asyncio.run(_drive(endpoint, model, workloads, interference if is_once else None))
+        figures = asyncio.run(_drive_server(endpoint, model, workloads, interference if is_once else None))
         figures["same_tokens"] = compare(endpoint, model)
     if not is_once:
         with serving(engine, model.name, is_interfered=True) as endpoint:
-            figures |= asyncio.run(_drive(endpoint, model, (), interference))
+            figures |= asyncio.run(_drive_server(endpoint, model, (), interference))
     return figures
 
 
-async def _drive(
+async def _drive_server(
     endpoint: Endpoint, model: Model, workloads: Sequence[Workload], interference: Interference | None
 ) -> dict[str, Figure]:
-    figures: dict[str, Figure] = {}
     client = (
         TextClient(endpoint.url, model=endpoint.model, text=model.text)
         if endpoint.takes_text
         else CompletionClient(endpoint.url, model=endpoint.model, has_keep_alive=endpoint.has_keep_alive)
     )
     async with client:
-        # Compiled, cached, and in its way of every day: HAProxy knows of a new ingress after some seconds.
-        _check([await _complete(client, model.prompt(300), 4)])
-        warm_up_end_s = time.perf_counter() + WARM_UP_S
-        while time.perf_counter() < warm_up_end_s:
-            _check(await asyncio.gather(*(_complete(client, model.prompt(64), 16) for _ in range(16))))
-        for workload in workloads:
-            seconds = await _run(client, model, workload)
-            figures[workload.name] = workload.num_counted(model.name) / seconds
-        if interference is not None:
-            figures["W3"] = _gap_figures(await _interfere(client, model, interference))
-    return figures
-
-
-async def _run(client: CompletionClient, model: Model, workload: Workload) -> float:
-    count = workload.num_requests[model.name]
-    bodies = [
-        client.encode(model.prompt(workload.num_prompt_tokens), num_tokens=workload.num_output_tokens)
-        for _ in range(count)
-    ]
-
-    def prepare(index: int) -> Send:
-        async def send(due_s: float) -> Outcome:
-            return await client.complete(
-                bodies[index],
-                num_prompt_tokens=workload.num_prompt_tokens,
-                num_tokens=workload.num_output_tokens,
-                due_s=due_s,
-            )
-
-        return send
-
-    tally = Tally(num_requests=count)
-    await run_closed_loop(prepare, num_clients=workload.num_clients, tally=tally)
-    _check(tally.outcomes)
-    return tally.duration_s
-
-
-async def _interfere(client: CompletionClient, model: Model, load: Interference) -> list[float]:
-    end_s = time.perf_counter() + load.duration_s
-    gaps: list[float] = []
-
-    async def decode() -> None:
-        while time.perf_counter() < end_s:
-            outcome = await _complete(client, model.prompt(load.num_prompt_tokens), load.num_output_tokens)
-            _check([outcome])
-            times = [time_s for time_s in outcome.token_times_s if time_s < end_s]
-            gaps.extend(after - before for before, after in itertools.pairwise(times))
-
-    async def answer_long() -> None:
-        # An engine that refused these would have the best gaps of all.
-        _check([await _complete(client, model.prompt(load.long_prompt_tokens), load.long_output_tokens)])
-
-    async def interrupt() -> None:
-        begin_s = time.perf_counter()
-        async with asyncio.TaskGroup() as prompts:
-            for number in range(1, int(load.duration_s / load.period_s)):
-                await asyncio.sleep(begin_s + number * load.period_s - time.perf_counter())
-                prompts.create_task(answer_long())
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(load.num_decoding):
-            group.create_task(decode())
-        group.create_task(interrupt())
-    return gaps
-
-
-async def _complete(client: CompletionClient, prompt: Sequence[int], num_tokens: int) -> Outcome:
-    body = client.encode(prompt, num_tokens=num_tokens)
-    return await client.complete(body, num_prompt_tokens=len(prompt), num_tokens=num_tokens, due_s=time.perf_counter())
-
-
-def _check(outcomes: Sequence[Outcome]) -> None:
-    for outcome in outcomes:
-        if outcome.failure is not None:
-            raise RuntimeError(f"a request failed ({outcome.failure.label}): {outcome.failure.message}")
-        if outcome.has_usage and outcome.num_output_tokens != outcome.num_tokens_asked:
-            raise RuntimeError(f"{outcome.num_output_tokens} tokens came of {outcome.num_tokens_asked}")
-
-
-def _gap_figures(gaps: Sequence[float]) -> dict[str, Figure]:
-    p50, p99 = np.quantile(gaps, [0.5, 0.99])
-    return {"p50_ms": 1e3 * float(p50), "p99_ms": 1e3 * float(p99), "max_ms": 1e3 * max(gaps)}
+        return await drive(client, model, workloads, interference)
 
 
 def measure_openvino(
@@ -232,7 +146,7 @@ def measure_openvino(
             )
             gaps = answer["gaps_s"]
             assert isinstance(gaps, list)
-            figures["W3"] = _gap_figures(gaps)
+            figures["W3"] = gap_figures(gaps)
         process.stdin.close()
     return figures
 
@@ -285,7 +199,7 @@ def _reason(error: Exception) -> str:
 
 def main() -> None:
     """Let the engines take turns, and write the figures."""
-    everyone = [engine.name for engine in ENGINES] + ["openvino"]
+    everyone = [*(engine.name for engine in ENGINES), "openvino", "ours_in_process"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", choices=everyone, default=everyone, help="default: all")
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES), help="default: all")
@@ -321,6 +235,8 @@ def main() -> None:
             try:
                 if engine == "openvino":
                     measured = measure_openvino(model, workloads, interference)
+                elif engine == "ours_in_process":
+                    measured = measure_ours(model, workloads, interference)
                 else:
                     measured = measure_http(by_engine[engine], model, workloads, interference)
             # Whatever goes wrong with one engine is a line about it, and the others go on.

@@ -208,6 +208,9 @@ def _serving(
         ],
     }
     (folder / "app.yaml").write_text(yaml.safe_dump(config))
+    # A shell's background job ignores it, and so would the server, which it is to end.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with ray_environment() as environment, (folder / "serve.log").open("w") as log:
         process = subprocess.Popen(
             [*command, str(folder / "app.yaml")],

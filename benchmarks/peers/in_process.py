@@ -25,7 +25,7 @@ Body = tuple[Sequence[int], int]
 
 
 class LocalClient:
-    """See `drive.Client`; it reads every token, and takes its text from nobody.
+    """See `drive.Client`; tokens stay numbers, as those of OpenVINO do.
 
     Args:
         engine: Which runs.

@@ -43,7 +43,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         max_queued_requests=-1,  # unbounded here, as the scheduler bounds its own queue and says why
         graceful_shutdown_timeout_s=_GRACEFUL_SHUTDOWN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=2.0,
+        health_check_period_s=2.0,  # Serve learns no sooner that a replica has died
         # The first bundle is the scheduler's own; each stage is pinned to one of the others.
         placement_group_bundles=bundles,
         placement_group_strategy=config.placement_strategy,

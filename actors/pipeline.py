@@ -73,7 +73,7 @@ class ActorPipeline:
         elsewhere: a stage of several can compute nothing more, though all its ranks answer. It costs no time beside
         the stages that are replaced anyway, as all load at once, and no KV, as all of it is computed again.
         """
-        # First, or who is stopped would be waited for when the stages part and when they are asked for a sign of life.
+        # Before the others part: one that is stopped would be waited for then, and when it is asked for a sign of life.
         self._stages.end(broken)
         await self._transport.close()
         self._num_inside = 0

@@ -14,7 +14,7 @@ from workloads import Interference, Workload
 from rayserve_sarathi.bench.load import Send, Tally, run_closed_loop
 from rayserve_sarathi.bench.outcome import Outcome
 
-WARM_UP_S = 5.0
+_WARM_UP_S = 5.0
 
 Body = TypeVar("Body")
 
@@ -40,7 +40,7 @@ async def drive(
     figures: dict[str, Figure] = {}
     # Compiled, cached, and in its way of every day: HAProxy knows of a new ingress after some seconds.
     _check([await _complete(client, model.prompt(300), 4)])
-    warm_up_end_s = time.perf_counter() + WARM_UP_S
+    warm_up_end_s = time.perf_counter() + _WARM_UP_S
     while time.perf_counter() < warm_up_end_s:
         _check(await asyncio.gather(*(_complete(client, model.prompt(64), 16) for _ in range(16))))
     for workload in workloads:

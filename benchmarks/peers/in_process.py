@@ -16,6 +16,7 @@ from workloads import Interference, Workload
 from rayserve_sarathi.bench.outcome import Outcome
 from rayserve_sarathi.config import EngineConfig, parse
 from rayserve_sarathi.engine import make_scheduler
+from rayserve_sarathi.errors import SarathiError
 from rayserve_sarathi.execution.inline import make_inline_pipeline
 from rayserve_sarathi.local_engine import LocalEngine
 from rayserve_sarathi.models.resolve import resolve_model
@@ -69,14 +70,21 @@ class LocalClient:
 
 
 def measure_ours(model: Model, workloads: Sequence[Workload], interference: Interference | None) -> dict[str, Figure]:
-    """Return the figures of this engine's workloads, each way of starting it in a process that ends with it."""
+    """Return the figures of this engine's workloads, each way of starting it in a process that ends with it.
+
+    Raises:
+        RuntimeError: It cannot serve them.
+    """
     ways: list[tuple[Sequence[Workload], Interference | None]] = [(workloads, None)]
     if interference is not None:
         ways.append(((), interference))
     figures: dict[str, Figure] = {}
     for way in ways:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            figures |= process.submit(_measure, model.name, *way).result()
+            try:
+                figures |= process.submit(_measure, model.name, *way).result()
+            except SarathiError as error:
+                raise RuntimeError(str(error)) from error
     return figures
 
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -199,7 +200,12 @@ def _reason(error: Exception) -> str:
 
 def main() -> None:
     """Let the engines take turns, and write the figures."""
-    everyone = [*(engine.name for engine in ENGINES), "openvino", "ours_in_process"]
+    measure = {
+        **{engine.name: partial(measure_http, engine) for engine in ENGINES},
+        "openvino": measure_openvino,
+        "ours_in_process": measure_ours,
+    }
+    everyone = list(measure)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", choices=everyone, default=everyone, help="default: all")
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES), help="default: all")
@@ -224,7 +230,6 @@ def main() -> None:
         "rounds": arguments.rounds,
         "workloads": "short" if arguments.quick else "whole",
     }
-    by_engine = {engine.name: engine for engine in ENGINES}
     for name in arguments.models:
         model = Model(name)
         rounds: dict[str, list[dict[str, Figure]]] = {engine: [] for engine in arguments.engines}
@@ -233,12 +238,7 @@ def main() -> None:
             if engine in failures:
                 continue
             try:
-                if engine == "openvino":
-                    measured = measure_openvino(model, workloads, interference)
-                elif engine == "ours_in_process":
-                    measured = measure_ours(model, workloads, interference)
-                else:
-                    measured = measure_http(by_engine[engine], model, workloads, interference)
+                measured = measure[engine](model, workloads, interference)
             # Whatever goes wrong with one engine is a line about it, and the others go on.
             except (NotInstalledError, RuntimeError, ExceptionGroup, OSError, subprocess.CalledProcessError) as error:
                 failures[engine] = _reason(error)

@@ -19,6 +19,9 @@ from typing import Any
 
 import yaml
 
+SCHEDULER = "ray::ServeReplica:test:SchedulerActor"
+"""How the processes of a server's schedulers are titled."""
+
 
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on."""

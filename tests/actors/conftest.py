@@ -1,11 +1,14 @@
-"""A checkpoint to serve, and what it says."""
+"""A checkpoint to serve, what it says, and a client of the server that a module has started."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import openai
 import pytest
 from transformers import AutoTokenizer
 
 from tests.actors.clients import LONG_TOKENS, MAX_TOKENS, PROMPTS
+from tests.actors.cluster import Server
 from tests.servable import Reference, save_servable
 
 
@@ -24,6 +27,12 @@ def greedy_texts(checkpoint: Path) -> list[str]:
 def long_texts(checkpoint: Path) -> list[str]:
     """The same, for longer."""
     return generate(checkpoint, LONG_TOKENS)
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as opened:
+        yield opened
 
 
 def generate(checkpoint: Path, num_tokens: int) -> list[str]:

@@ -10,11 +10,9 @@ import openai
 import pytest
 
 from tests.actors.clients import PROMPTS, complete
-from tests.actors.cluster import serve_run
+from tests.actors.cluster import SCHEDULER, serve_run
 
 pytestmark = pytest.mark.ray
-
-SCHEDULER = "ray::ServeReplica:test:SchedulerActor"
 
 
 async def test_a_pipeline_that_is_given_up_says_so_and_is_replaced(

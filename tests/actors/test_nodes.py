@@ -11,11 +11,9 @@ import openai
 import pytest
 
 from tests.actors.clients import PROMPTS, complete, streams_through
-from tests.actors.cluster import serve_on_nodes
+from tests.actors.cluster import SCHEDULER, serve_on_nodes
 
 pytestmark = pytest.mark.ray
-
-SCHEDULER = "ray::ServeReplica:test:SchedulerActor"
 
 ARGS = {
     "served_model_name": "tiny",

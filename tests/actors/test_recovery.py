@@ -5,18 +5,16 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
 from tests.actors.clients import streams_through
-from tests.actors.cluster import Server, serve_run
+from tests.actors.cluster import SCHEDULER, Server, serve_run
 
 pytestmark = pytest.mark.ray
-
-SCHEDULER = "ray::ServeReplica:test:SchedulerActor"
 
 ARGS = {
     "served_model_name": "tiny",
@@ -34,12 +32,6 @@ ARGS = {
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve_run(tmp_path_factory.mktemp("serve"), {"model": str(checkpoint), **ARGS}) as running:
         yield running
-
-
-@pytest.fixture
-async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as opened:
-        yield opened
 
 
 def kill(server: Server, *stages: int, how: signal.Signals = signal.SIGKILL) -> None:

@@ -31,21 +31,12 @@ AUTOSCALING = {
 }
 
 
-def client_of(server: Server) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-def started_by_pipeline(server: Server) -> list[float]:
-    """Return how many requests each pipeline that runs has had."""
-    return server.metrics("request_started_total")
-
-
 async def wait_until(
     server: Server, is_true: Callable[[list[float]], bool], *, timeout_s: float, message: str
 ) -> float:
     """Wait for a condition of what the pipelines have started; return how long it took."""
     begin_s = time.monotonic()
-    while not is_true(started := await asyncio.to_thread(started_by_pipeline, server)):
+    while not is_true(started := await asyncio.to_thread(server.metrics, "request_started_total")):
         assert time.monotonic() - begin_s < timeout_s, f"{message} within {timeout_s} s, but {started}"
         await asyncio.sleep(0.2)
     return time.monotonic() - begin_s
@@ -110,7 +101,9 @@ async def test_pipelines_come_and_go_under_load_without_a_failed_request(
             )
             sys.stderr.write(f"{num_pipelines} pipelines after {took_s:.1f} s, {load.num_answers} answers so far\n")
 
-        async with client_of(server) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
+        ) as client:
             load = Load(client, greedy_texts)
             async with load.of(3):
                 await reach(1, 20)
@@ -125,6 +118,6 @@ async def test_pipelines_come_and_go_under_load_without_a_failed_request(
             begin_s = time.monotonic()
             assert await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS[:4])) == greedy_texts[:4]
             sys.stderr.write(f"from zero, the first answers took {time.monotonic() - begin_s:.1f} s\n")
-            assert len(started_by_pipeline(server)) == 1
+            assert len(server.metrics("request_started_total")) == 1
         assert load.num_answers >= 28
         assert "could not cancel" not in server.log

@@ -3,18 +3,16 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
 from tests.actors.clients import PROMPTS, complete, stream, streams_through
-from tests.actors.cluster import Server, serve_run
+from tests.actors.cluster import SCHEDULER, Server, serve_run
 
 pytestmark = pytest.mark.ray
-
-SCHEDULER = "ray::ServeReplica:test:SchedulerActor"
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +32,6 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             message="there are not two pipelines",
         )
         yield running
-
-
-@pytest.fixture
-async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as opened:
-        yield opened
 
 
 def new_requests(server: Server, before: list[float]) -> list[float]:

@@ -69,7 +69,8 @@ class Outboxes:
         reader = box.num_readers
         while True:
             try:
-                await asyncio.wait_for(box.filled.wait(), _LINGER_S)
+                async with asyncio.timeout(_LINGER_S):
+                    await box.filled.wait()
             except TimeoutError:
                 if not box.open_ids and not box.outputs:
                     return

@@ -260,7 +260,11 @@ class RemoteEngine:
             while open_before := self._open_at(pipeline):
                 outputs: Any = self._scheduler.options(stream=True).outputs
                 stream: AsyncIterator[OutputBatch] = outputs.remote(self._ingress, pipeline=pipeline)
-                while (batch := await asyncio.wait_for(anext(stream, None), _SILENCE_S)) is not None:
+                while True:
+                    async with asyncio.timeout(_SILENCE_S):
+                        batch = await anext(stream, None)
+                    if batch is None:
+                        break
                     self._num_waiting = batch.num_waiting
                     self._num_since_report = 0
                     self._deliver(batch.outputs)

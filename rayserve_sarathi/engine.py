@@ -306,12 +306,13 @@ class Engine:
         return self._scheduler.late_reports(request_id)
 
     async def _run_steps(self) -> None:
-        submitting = asyncio.create_task(self._submit_steps())
         try:
-            await self._receive_steps(submitting)
-        finally:
-            submitting.cancel()
-            await asyncio.gather(submitting, return_exceptions=True)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._submit_steps())
+                group.create_task(self._receive_steps())
+        except BaseExceptionGroup as errors:
+            first = errors.exceptions[0]
+            raise first from first.__cause__
 
     async def _rebuild(self, fault: PipelineFaultError) -> None:
         """Bring the pipeline back, though it may fail again meanwhile."""
@@ -351,17 +352,10 @@ class Engine:
                 await self._pipeline.submit(step)
             await self._wake.wait()
 
-    async def _receive_steps(self, submitting: "asyncio.Task[None]") -> None:
+    async def _receive_steps(self) -> None:
         num_failures = 0
         while True:
-            receiving = asyncio.ensure_future(self._pipeline.receive())
-            try:
-                await asyncio.wait((receiving, submitting), return_when=asyncio.FIRST_COMPLETED)
-                if submitting.done():
-                    submitting.result()  # it ends only by an error
-                step_output = receiving.result()
-            finally:
-                receiving.cancel()
+            step_output = await self._pipeline.receive()
             fault = step_output.fault
             if fault is not None and fault.is_consequence:
                 # If what it follows from is a death, that is no fault of the step's requests: they go on.

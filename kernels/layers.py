@@ -1,22 +1,27 @@
-"""All layers of a stage in one call to the C++ kernels, for CPUs.
+"""A step of a stage in one call to the C++ kernels, for CPUs: embedding, all layers, norm and head.
 
-They compute what a layer's own kernels do one after the other, to the same bits, but begin and end a parallel region
+They compute what each one's own kernels do one after the other, to the same bits, but begin and end a parallel region
 once a step and not some ten times a layer, and come back to Python once.
 
-Dimensions: T tokens in the step; R requests; D hidden size; F intermediate size; N query and K KV heads; H head size; P
-blocks in the pool; S tokens per block.
+Dimensions: T tokens in the step; R requests, W of them wanted; D hidden size; V vocabulary; F intermediate size; N query
+and K KV heads; H head size; P blocks in the pool; S tokens per block.
 """
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
 from rayserve_sarathi.kernels.linear import Linear
 from rayserve_sarathi.kernels.native import load_library
+
+Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +65,37 @@ class _Sizes(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "new_blocks", "cu_query_lens", "seq_lens")),
-        ("block_tables", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_new_blocks", "num_requests", "table_stride")),
-        ("last_only", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "query_lens", "context_lens", "num_blocks", "wanted")),
+        *((name, ctypes.c_void_p) for name in ("block_tables", "hidden", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("num_requests", "num_wanted")),
     )
+
+
+class _Vocabulary(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head")),
+        ("size", ctypes.c_int64),
+    )
+
+
+class StepArrays(NamedTuple):
+    """A step as `StepInput` describes it.
+
+    Args:
+        token_ids: [T]; none is pending.
+        query_lens: [R].
+        context_lens: [R].
+        num_blocks: [R].
+        wanted: Requests with whose last token alone the last layer goes on, once it has stored keys and values, [W].
+        block_tables: Block ids of each request's context and chunk, concatenated.
+    """
+
+    token_ids: Int32Array
+    query_lens: Int32Array
+    context_lens: Int32Array
+    num_blocks: Int32Array
+    wanted: Int32Array
+    block_tables: Int32Array
 
 
 class DenseLayers:
@@ -72,100 +103,149 @@ class DenseLayers:
 
     Args:
         layers: At least one, in order.
+        kv_caches: Key and value pool of each, [P, K, S, H] float32.
+        embedding: [V, D] float32; None behind the first stage.
+        norm: The one before the head, [D]; None before the last stage.
+        head: To V or more outputs; None likewise.
+        vocab_size: V.
         num_heads: N.
-        num_kv_heads: K.
-        head_size: H.
         eps: Of the norms.
     """
 
     def __init__(
-        self, layers: Sequence[DenseLayer], *, num_heads: int, num_kv_heads: int, head_size: int, eps: float
+        self,
+        layers: Sequence[DenseLayer],
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        embedding: Tensor | None,
+        norm: Tensor | None,
+        head: Linear | None,
+        vocab_size: int,
+        num_heads: int,
+        eps: float,
     ) -> None:
         library = load_library()
         self._run = library.sarathi_layers
-        self._layers = layers
+        self._kept = (layers, kv_caches, embedding, norm, head)  # as pointers keep nothing
+        _, num_kv_heads, block_size, head_size = kv_caches[0][0].shape
+        self._hidden_size = len(layers[0].input_norm)
+        self._vocab_size = vocab_size
         self._sizes = _Sizes(
-            hidden_size=len(layers[0].input_norm),
+            hidden_size=self._hidden_size,
             intermediate_size=layers[0].up.num_outputs // 2,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_size=head_size,
+            block_size=block_size,
             eps=eps,
             scale=head_size**-0.5,
         )
+        self._weights = (_Weights * len(layers))(
+            *(_weights_of(layer, *pools) for layer, pools in zip(layers, kv_caches, strict=True))
+        )
+        first = None if embedding is None else embedding.data_ptr()
+        self._without_head = _Vocabulary(embedding=first, size=vocab_size)
+        self._with_head: _Vocabulary | None = None
+        if norm is not None and head is not None:
+            self._with_head = _Vocabulary(
+                embedding=first, norm=norm.data_ptr(), head=head.panels.data_ptr(), size=vocab_size
+            )
         self._scratch_each: int = library.sarathi_layers_scratch(ctypes.byref(self._sizes))
         self._scratch = torch.empty(0)
-        self._weights = (_Weights * len(layers))(*(_weights_of(layer) for layer in layers))
-        self._lanes: int = library.sarathi_lanes()
 
-    @property
-    def has_whole_vectors(self) -> bool:
-        """Whether the kernels can do it: all sizes are multiples of what they do at once."""
-        sizes = (self._sizes.hidden_size, self._sizes.intermediate_size, self._sizes.head_size)
-        return all(size % self._lanes == 0 for size in sizes)
-
-    def __call__(
-        self,
-        hidden: Tensor,
-        *,
-        cos: Tensor,
-        sin: Tensor,
-        kv_caches: Sequence[tuple[Tensor, Tensor]],
-        metadata: AttentionMetadata,
-        last_only: bool,
-    ) -> Tensor:
+    def hidden(self, step: StepArrays, hidden: Tensor | None, cos: Tensor, sin: Tensor, *, last_only: bool) -> Tensor:
         """Compute all layers.
 
         Args:
-            hidden: [T, D] float32.
-            cos: Of the tokens' angles, [T, 1, H / 2] float32; `sin` likewise.
-            kv_caches: Key and value pool of each layer, [P, K, S, H] float32.
-            metadata: The step.
-            last_only: Whether each request's last token is enough: the last layer then computes no more of the others
-                than their keys and values.
+            step: What to compute.
+            hidden: Of the stage before, [T, D] float32; None for the embedding of the tokens.
+            cos: Of the angles of all positions up to the last one of the step, [positions, 1, H / 2] float32.
+            sin: Likewise.
+            last_only: Whether the last layer is to go on with what is wanted alone.
 
         Returns:
-            [T, D], or with `last_only` [R, D].
+            [T, D] float32, or with `last_only` [W, D].
+
+        Raises:
+            IndexError: A token is not in the vocabulary.
         """
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
-        cos, sin = cos.contiguous(), sin.contiguous()
-        for weights, (keys, values) in zip(self._weights, kv_caches, strict=True):
-            weights.keys, weights.values = keys.data_ptr(), values.data_ptr()
-        self._sizes.block_size = kv_caches[0][0].shape[2]
-        if self._scratch.numel() < len(hidden) * self._scratch_each:
-            # Kept: memory that is new in each step is mapped anew, which takes longer than a decode.
-            self._scratch = torch.empty(len(hidden) * self._scratch_each)
-        step = _Step(
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            slots=metadata.slot_mapping.data_ptr(),
-            new_blocks=metadata.new_block_ids.data_ptr(),
-            cu_query_lens=metadata.cu_query_lens.data_ptr(),
-            seq_lens=metadata.seq_lens.data_ptr(),
-            block_tables=metadata.block_tables.data_ptr(),
-            num_tokens=len(hidden),
-            num_new_blocks=len(metadata.new_block_ids),
-            num_requests=len(metadata.seq_lens),
-            table_stride=metadata.block_tables.stride(0),
-            last_only=last_only,
-        )
-        out = torch.empty((len(metadata.seq_lens), hidden.shape[1])) if last_only else hidden
-        self._run(
-            self._weights,
-            len(self._layers),
-            ctypes.byref(self._sizes),
-            ctypes.byref(step),
-            hidden.data_ptr(),
-            out.data_ptr(),
-            self._scratch.data_ptr(),
-        )
+        out = torch.empty((len(step.wanted) if last_only else len(step.token_ids), self._hidden_size))
+        self._compute(self._without_head, step, hidden, (cos, sin), last_only=last_only, out=out, likeliest=None)
         return out
 
+    def logits(self, step: StepArrays, hidden: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Int32Array]:
+        """Compute all layers, norm and head, where there is one; see `hidden`.
 
-def _weights_of(layer: DenseLayer) -> _Weights:
+        Returns:
+            Logits of what is wanted, [W, V] float32, and the first of the largest ones of each, or -1 where that is not
+            finite, as where any is NaN, [W].
+        """
+        assert self._with_head is not None, "it is not the last stage"
+        out = torch.empty((len(step.wanted), self._vocab_size))
+        likeliest = np.empty(len(step.wanted), dtype=np.int32)
+        self._compute(self._with_head, step, hidden, (cos, sin), last_only=True, out=out, likeliest=likeliest)
+        return out, likeliest
+
+    def _compute(
+        self,
+        vocabulary: _Vocabulary,
+        step: StepArrays,
+        hidden: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        *,
+        last_only: bool,
+        out: Tensor,
+        likeliest: Int32Array | None,
+    ) -> None:
+        num_scratch = len(step.token_ids) * self._scratch_each
+        if self._scratch.numel() < num_scratch:
+            # Kept: memory that is new in each step is mapped anew, which takes longer than a decode.
+            self._scratch = torch.empty(num_scratch)
+        packed = np.concatenate(step, dtype=np.int32)
+        *starts, _ = accumulate((4 * len(array) for array in step), initial=packed.ctypes.data)
+        token_ids, query_lens, context_lens, num_blocks, wanted, block_tables = starts
+        hidden = None if hidden is None else hidden.contiguous()
+        is_done = self._run(
+            self._weights,
+            len(self._weights),
+            ctypes.byref(self._sizes),
+            ctypes.byref(vocabulary),
+            ctypes.byref(
+                _Step(
+                    token_ids=token_ids,
+                    query_lens=query_lens,
+                    context_lens=context_lens,
+                    num_blocks=num_blocks,
+                    wanted=wanted if last_only else None,
+                    block_tables=block_tables,
+                    hidden=None if hidden is None else hidden.data_ptr(),
+                    cos=angles[0].data_ptr(),
+                    sin=angles[1].data_ptr(),
+                    num_requests=len(step.query_lens),
+                    num_wanted=len(step.wanted),
+                )
+            ),
+            self._scratch.data_ptr(),
+            out.data_ptr(),
+            None if likeliest is None else likeliest.ctypes.data,
+        )
+        if not is_done:
+            raise IndexError(f"tokens {step.token_ids.tolist()} with a vocabulary of {self._vocab_size}")
+
+
+def have_whole_vectors(layers: Sequence[DenseLayer], *, head_size: int) -> bool:
+    """Return whether `DenseLayers` can compute them: all sizes are multiples of what its kernels do at once."""
+    lanes: int = load_library().sarathi_lanes()
+    sizes = (len(layers[0].input_norm), layers[0].up.num_outputs // 2, head_size)
+    return all(size % lanes == 0 for size in sizes)
+
+
+def _weights_of(layer: DenseLayer, keys: Tensor, values: Tensor) -> _Weights:
     return _Weights(
         input_norm=layer.input_norm.data_ptr(),
         mlp_norm=layer.mlp_norm.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
         window=layer.sliding_window or 0,
         **{
             field: pointer

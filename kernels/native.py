@@ -26,7 +26,7 @@ _TIMEOUT_S = 120.0
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-_ABI = 1
+_ABI = 2
 """Of the functions and structs in csrc/cpu.cpp, which says the same."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
@@ -37,7 +37,7 @@ _SIGNATURES = {
     "sarathi_rotary": "plpplii",
     "sarathi_silu_mul": "ppll",
     "sarathi_draw": "pllpp",
-    "sarathi_layers": "pippppp",
+    "sarathi_layers": "pipppppp",
 }
 """The types of each kernel's arguments, in order; see csrc/cpu.cpp."""
 
@@ -93,13 +93,13 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     if not hasattr(library, "sarathi_abi") or library.sarathi_abi() != _ABI:
         raise NativeBuildError(f"{path} was built from another version of the source")
-    for name in ("sarathi_lanes", "sarathi_panel"):
-        getattr(library, name).restype = ctypes.c_int
-    library.sarathi_layers_scratch.restype = ctypes.c_int64
     for name, types in _SIGNATURES.items():
         kernel = getattr(library, name)
         kernel.restype = None
         kernel.argtypes = [_TYPES[letter] for letter in types]
+    for name in ("sarathi_lanes", "sarathi_panel", "sarathi_layers"):
+        getattr(library, name).restype = ctypes.c_int
+    library.sarathi_layers_scratch.restype = ctypes.c_int64
     return library
 
 

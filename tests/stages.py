@@ -10,14 +10,14 @@ import torch
 
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
-from rayserve_sarathi.execution.model_runner import ModelRunner
+from rayserve_sarathi.execution.model_runner import ModelRunner, StepLogits
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.request import SamplingParams
 from rayserve_sarathi.step import SAMPLING_DTYPE, PromptLogprobsQuery, StepInput, StepOutput, pack_sampling
 
-_ANY_PROMPT_LOGPROBS = PromptLogprobsQuery(request=0, num_logprobs=0, target_token_ids=np.zeros(1, dtype=np.int32))
+ANY_PROMPT_LOGPROBS = PromptLogprobsQuery(request=0, num_logprobs=0, target_token_ids=np.zeros(1, dtype=np.int32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class Stages:
     def hidden(self, step: StepInput) -> torch.Tensor:
         """Run all stages and return the hidden states, [T, D]."""
         # Log probabilities of a prompt, whichever, need all of them; without, the last stage has the last ones alone.
-        return self._forward(replace(step, prompt_logprobs=(_ANY_PROMPT_LOGPROBS,)))
+        return self._forward(replace(step, prompt_logprobs=(ANY_PROMPT_LOGPROBS,)))
 
     def logits(self, step: StepInput) -> torch.Tensor:
         """Return the logits of each token of the step, [T, V]."""
@@ -86,8 +86,12 @@ class Stages:
 
     def run(self, step: StepInput) -> StepOutput:
         """Run the step and sample."""
-        last = self._runners[-1]
-        return last.sample(step, last.logits(step, self._forward(step))).wait()
+        made: torch.Tensor | StepLogits | None = None
+        for runner in self._runners:
+            assert not isinstance(made, StepLogits)
+            made = runner.compute(step, made)
+        assert isinstance(made, StepLogits)
+        return self._runners[-1].sample(step, made).wait()
 
     def _forward(self, step: StepInput) -> torch.Tensor:
         hidden = self._runners[0].forward(step, None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rayserve_sarathi import LLM, SamplingParams
 from rayserve_sarathi.errors import ConfigError, ContextLengthError, InvalidRequestError
-from rayserve_sarathi.execution.model_runner import ModelRunner
+from rayserve_sarathi.execution.model_runner import ModelRunner, StepLogits
 from rayserve_sarathi.request import FinishReason
 from rayserve_sarathi.scheduling import ahead
 from rayserve_sarathi.step import StepInput
@@ -122,13 +122,13 @@ def test_steps_scheduled_ahead_change_nothing(
 def count_pending(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the number of pending tokens of each step that is computed."""
     counts: list[int] = []
-    forward = ModelRunner.forward
+    compute = ModelRunner.compute
 
-    def count(runner: ModelRunner, step: StepInput, hidden: Tensor | None) -> Tensor:
+    def count(runner: ModelRunner, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits:
         counts.append(0 if step.pending is None else len(step.pending.positions))
-        return forward(runner, step, hidden)
+        return compute(runner, step, hidden)
 
-    monkeypatch.setattr(ModelRunner, "forward", count)
+    monkeypatch.setattr(ModelRunner, "compute", count)
     return counts
 
 

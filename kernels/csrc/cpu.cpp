@@ -160,14 +160,14 @@ constexpr int ROWS = 48;
 struct Cache {
     const void* keys;
     const void* values;
-    const int32_t* block_tables;  // [R, table_stride]
-    int64_t table_stride;
     int num_kv_heads, head_size, block_size;
 };
 
-// Successive tokens of a request: where their queries are and their outputs go, and the tokens before them.
+// Successive tokens of a request: where their queries are and their outputs go, the tokens before them, and the blocks
+// of all.
 struct Query {
-    int request, first_token, first_out, num_tokens, context_len;
+    int first_token, first_out, num_tokens, context_len;
+    const int32_t* blocks;
 };
 
 struct Task {
@@ -295,13 +295,12 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
 
     const int end = context_len + token_of(num_rows - 1) + 1;
     const int first_seen = step.window ? std::max(0, context_len + token_of(0) + 1 - step.window) : 0;
-    const int32_t* table = cache.block_tables + query.request * cache.table_stride;
     for (int first_key = first_seen / GROUP * GROUP; first_key < end; first_key += KEYS) {
         const int num_groups = std::min(GROUPS, (end - first_key + GROUP - 1) / GROUP);
         const T *k[GROUPS + 1], *v[GROUPS + 1];
         for (int group = 0; group <= num_groups; group++) {
             const int position = std::min(first_key + group * GROUP, end - 1);
-            const int64_t head = ((int64_t)table[position / S] * cache.num_kv_heads + task.head) * H * S;
+            const int64_t head = ((int64_t)query.blocks[position / S] * cache.num_kv_heads + task.head) * H * S;
             k[group] = static_cast<const T*>(cache.keys) + head + position % S;
             v[group] = static_cast<const T*>(cache.values) + head + (int64_t)(position % S) * H;
         }
@@ -330,17 +329,12 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
     }
 }
 
-// For a step's tokens, or with `last_only` for the last one of each request, whose outputs are then side by side.
-std::vector<Task> make_tasks(const int32_t* cu_query_lens, const int32_t* seq_lens, int num_requests, bool last_only,
-                             int num_heads, int num_kv_heads) {
+std::vector<Task> make_tasks(const std::vector<Query>& queries, int num_heads, int num_kv_heads) {
     const int G = num_heads / num_kv_heads;
     std::vector<Task> tasks;
-    for (int request = 0; request < num_requests; request++) {
-        const int first_token = cu_query_lens[request], end_token = cu_query_lens[request + 1];
-        const int first = last_only ? end_token - 1 : first_token, num_tokens = end_token - first;
-        const Query query = {request, first, last_only ? request : first, num_tokens, seq_lens[request] - num_tokens};
-        for (int row = 0; row < num_tokens * G; row += ROWS) {
-            const int num_rows = std::min(ROWS, num_tokens * G - row);
+    for (const Query& query : queries) {
+        for (int row = 0; row < query.num_tokens * G; row += ROWS) {
+            const int num_rows = std::min(ROWS, query.num_tokens * G - row);
             const int64_t num_keys = query.context_len + (row + num_rows - 1) / G + 1;
             for (int head = 0; head < num_kv_heads; head++)
                 tasks.push_back({query, head, row, num_rows, (num_rows + TILE) * num_keys});
@@ -587,24 +581,27 @@ INLINE int32_t halve(int32_t low, F is_enough) {
     return low;
 }
 
-// The first of the largest logits; of a row with a NaN, any.
+// The first of the largest logits; -1 if that is not finite, as where any is NaN.
 int32_t argmax(const float* logits, int64_t vocab_size) {
+    // Comparisons with NaN are false, so a NaN comes in by the second one and stays.
+    auto larger = [](auto a, auto b) { return b > a ? b : b == b ? a : b; };
     const int64_t whole = vocab_size / LANES * LANES;
     Vector largest = broadcast(-INFINITE);
     for (int64_t i = 0; i < whole; i += LANES) {
         const Vector other = load(logits + i);
-        largest = other > largest ? other : largest;
+        largest = larger(largest, other);
     }
     float most = -INFINITE;
-    for (int lane = 0; lane < LANES; lane++) most = std::max(most, largest[lane]);
-    for (int64_t i = whole; i < vocab_size; i++) most = std::max(most, logits[i]);
+    for (int lane = 0; lane < LANES; lane++) most = larger(most, largest[lane]);
+    for (int64_t i = whole; i < vocab_size; i++) most = larger(most, logits[i]);
+    if (!(std::abs(most) < INFINITE)) return -1;
     return std::find(logits, logits + vocab_size - 1, most) - logits;
 }
 
 // `weights` has room for the row in whole vectors.
 int32_t draw_row(const float* logits, int64_t vocab_size, float temperature, int32_t top_k, double top_p, float min_p,
                  double u, float* weights) {
-    const int32_t likeliest = argmax(logits, vocab_size);
+    const int32_t likeliest = std::max(0, argmax(logits, vocab_size));
     if (!(temperature > 0)) return likeliest;
 
     const int64_t size = (vocab_size + LANES - 1) / LANES * LANES;
@@ -655,22 +652,60 @@ struct LayerSizes {
     float eps, scale;
 };
 
-// A step, as AttentionMetadata describes it, and its angles. With `last_only` the last layer goes on with each
-// request's last token alone once it has stored keys and values.
+// A step as the scheduler sends it, of R requests. Angles are those of positions, [positions, H / 2]. Hidden states come
+// from the stage before, [T, D], or else from the embedding. Once it has stored keys and values, the last layer goes on
+// with the last token alone of each of `wanted`, [W], unless that is null.
 struct LayerStep {
-    const float *cos, *sin;
-    const int32_t *slots, *new_blocks, *cu_query_lens, *seq_lens, *block_tables;
-    int64_t num_tokens, num_new_blocks, num_requests, table_stride, last_only;
+    const int32_t *token_ids, *query_lens, *context_lens, *num_blocks, *wanted, *block_tables;
+    const float *hidden, *cos, *sin;
+    int64_t num_requests, num_wanted;
+};
+
+// Both are [V, D], the head in panels. Where there is none, as on all stages but the last, hidden states are the result.
+struct Vocabulary {
+    const float *embedding, *norm, *head;
+    int64_t size;
+};
+
+// Where the step's tokens are.
+struct Layout {
+    std::vector<Query> queries, wanted_queries;
+    std::vector<int32_t> positions, slots, wanted_tokens;
+    std::vector<int32_t> new_blocks;  // those whose first slot is written
+
+    Layout(const LayerStep& step, int block_size) {
+        const int32_t* blocks = step.block_tables;
+        for (int request = 0; request < step.num_requests; request++) {
+            const int first = positions.size(), num_tokens = step.query_lens[request];
+            const int context_len = step.context_lens[request];
+            queries.push_back({first, first, num_tokens, context_len, blocks});
+            for (int position = context_len; position < context_len + num_tokens; position++) {
+                const int32_t block = blocks[position / block_size], offset = position % block_size;
+                positions.push_back(position);
+                slots.push_back(block * block_size + offset);
+                if (!offset) new_blocks.push_back(block);
+            }
+            blocks += step.num_blocks[request];
+        }
+        for (int index = 0; step.wanted && index < step.num_wanted; index++) {
+            const Query& query = queries[step.wanted[index]];
+            const int before = query.num_tokens - 1, token = query.first_token + before;
+            wanted_queries.push_back({token, index, 1, query.context_len + before, query.blocks});
+            wanted_tokens.push_back(token);
+        }
+    }
 };
 
 constexpr int PHASES = 9;  // of a layer: each begins when the one before is done
 
 struct Scratch {
-    float *x, *qkv, *attention, *delta, *up, *activated;
+    float *hidden, *wanted, *x, *qkv, *attention, *delta, *up, *activated;
 
     Scratch(float* from, const LayerSizes& sizes, int64_t num_tokens) {
         const int64_t heads = sizes.num_heads * sizes.head_size, kv = sizes.num_kv_heads * sizes.head_size;
-        x = from;
+        hidden = from;
+        wanted = hidden + num_tokens * sizes.hidden_size;
+        x = wanted + num_tokens * sizes.hidden_size;
         delta = x + num_tokens * sizes.hidden_size;
         qkv = delta + num_tokens * sizes.hidden_size;
         attention = qkv + num_tokens * (heads + 2 * kv);
@@ -680,18 +715,19 @@ struct Scratch {
 
     static int64_t size_each(const LayerSizes& sizes) {
         const int64_t heads = sizes.num_heads * sizes.head_size, kv = sizes.num_kv_heads * sizes.head_size;
-        return 2 * sizes.hidden_size + 2 * heads + 2 * kv + 3 * sizes.intermediate_size;
+        return 4 * sizes.hidden_size + 2 * heads + 2 * kv + 3 * sizes.intermediate_size;
     }
 };
 
-// Each of the threads calls this. `tasks` are those of `make_tasks` with `last_only`, and then `out` gets the hidden
-// states of each request's last token, [R, D]; without, `out` is `hidden`.
-void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const LayerStep& step,
-               const std::vector<Task>& tasks, bool last_only, const Scratch& scratch, float* hidden, float* out,
-               bool is_first, int num_threads, Work* phase, float* buffer) {
-    const int64_t D = sizes.hidden_size, F = sizes.intermediate_size, H = sizes.head_size, T = step.num_tokens;
+// Each of the threads calls this. With `some` it goes on with the wanted tokens alone, whose hidden states are then in
+// scratch.wanted, and `tasks` are of those.
+void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const LayerStep& step, const float* embedding,
+               const Layout& layout, const std::vector<Task>& tasks, bool some, const Scratch& scratch, bool is_first,
+               int num_threads, Work* phase, float* buffer) {
+    const int64_t D = sizes.hidden_size, F = sizes.intermediate_size, H = sizes.head_size, T = layout.positions.size();
     const int64_t heads = sizes.num_heads * H, kv = sizes.num_kv_heads * H, row_size = heads + 2 * kv;
-    const int64_t num_rows = last_only ? step.num_requests : T;
+    const int64_t num_rows = some ? step.num_wanted : T;
+    float *hidden = scratch.hidden, *out = some ? scratch.wanted : hidden;
     auto for_each = [&](int64_t count, auto run) {
         phase++->share(count, grain_of(count, num_threads), [&](int64_t first, int64_t end) {
             for (int64_t i = first; i < end; i++) run(i);
@@ -702,29 +738,32 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
         multiply_some(x, rows, inputs, panels, outputs, bias, y, *phase++, num_threads);
     };
 
-    for_each(T + step.num_new_blocks, [&](int64_t i) {
+    for_each(T + layout.new_blocks.size(), [&](int64_t i) {
         float *row = hidden + i * D, *delta = scratch.delta + i * D, *x = scratch.x + i * D;
-        if (i < T && is_first) return norm_row(row, nullptr, weights.input_norm, x, nullptr, D, sizes.eps);
+        if (i < T && is_first) {
+            const float* from = step.hidden ? step.hidden + i * D : embedding + step.token_ids[i] * D;
+            std::memcpy(row, from, sizeof(float) * D);
+            return norm_row(row, nullptr, weights.input_norm, x, nullptr, D, sizes.eps);
+        }
         if (i < T) return norm_row(delta, row, weights.input_norm, x, row, D, sizes.eps);
         for (float* pool : {weights.keys, weights.values})
-            clear_block(pool, step.new_blocks[i - T], kv * sizes.block_size);
+            clear_block(pool, layout.new_blocks[i - T], kv * sizes.block_size);
     });
     multiply(scratch.x, T, D, weights.qkv, row_size, weights.qkv_bias, scratch.qkv);
     for_each(T, [&](int64_t token) {
         float* row = scratch.qkv + token * row_size;
-        const int64_t angle = token * H / 2;
+        const int64_t angle = layout.positions[token] * H / 2;
         rotate_token(row, step.cos + angle, step.sin + angle, sizes.num_heads + sizes.num_kv_heads, H);
-        write_token(row + heads, row + heads + kv, weights.keys, weights.values, step.slots[token], sizes.num_kv_heads,
+        write_token(row + heads, row + heads + kv, weights.keys, weights.values, layout.slots[token], sizes.num_kv_heads,
                     H, sizes.block_size);
     });
     const Step attention = {scratch.qkv, row_size, scratch.attention, (int)sizes.num_heads, sizes.scale,
                             (int)weights.window};
-    const Cache cache = {weights.keys,      weights.values,          step.block_tables, step.table_stride,
-                         (int)sizes.num_kv_heads, (int)H, (int)sizes.block_size};
+    const Cache cache = {weights.keys, weights.values, (int)sizes.num_kv_heads, (int)H, (int)sizes.block_size};
     attend_some<float>(attention, cache, tasks, *phase++, buffer);
     multiply(scratch.attention, num_rows, heads, weights.o, D, weights.o_bias, scratch.delta);
     for_each(num_rows, [&](int64_t i) {
-        const int64_t token = last_only ? step.cu_query_lens[i + 1] - 1 : i;
+        const int64_t token = some ? layout.wanted_tokens[i] : i;
         norm_row(scratch.delta + i * D, hidden + token * D, weights.mlp_norm, scratch.x + i * D, out + i * D, D,
                  sizes.eps);
     });
@@ -741,7 +780,7 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
 extern "C" {
 
 // Changes with what follows, structs included, so that nobody takes a build of another version: see native.py.
-int sarathi_abi() { return 1; }
+int sarathi_abi() { return 2; }
 
 // Sizes of rows must be multiples of this.
 int sarathi_lanes() { return LANES; }
@@ -756,8 +795,14 @@ void sarathi_attention(const float* q, int64_t q_stride, const void* keys, const
                        int64_t table_stride, int num_requests, int num_heads, int num_kv_heads, int head_size,
                        int block_size, float scale, int window) {
     const Step step = {q, q_stride, out, num_heads, scale, window};
-    const Cache cache = {keys, values, block_tables, table_stride, num_kv_heads, head_size, block_size};
-    const auto tasks = make_tasks(cu_query_lens, seq_lens, num_requests, false, num_heads, num_kv_heads);
+    const Cache cache = {keys, values, num_kv_heads, head_size, block_size};
+    std::vector<Query> queries;
+    for (int request = 0; request < num_requests; request++) {
+        const int first = cu_query_lens[request], num_tokens = cu_query_lens[request + 1] - first;
+        queries.push_back(
+            {first, first, num_tokens, seq_lens[request] - num_tokens, block_tables + request * table_stride});
+    }
+    const auto tasks = make_tasks(queries, num_heads, num_kv_heads);
     if (is_bfloat16)
         attend_all<bfloat16>(step, cache, tasks);
     else
@@ -831,33 +876,45 @@ void sarathi_draw(const float* logits, int64_t num_rows, int64_t vocab_size, con
 // Numbers of scratch that `sarathi_layers` needs for each token.
 int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_each(*sizes); }
 
-// Runs layers on hidden states, [T, D] float32, which are overwritten: with what comes out, unless the step is
-// `last_only`; then `last` gets that, [R, D]. All rows must be multiples of the lanes long.
-void sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const LayerStep* step,
-                    float* hidden, float* last, float* scratch_memory) {
-    const Scratch scratch(scratch_memory, *sizes, step->num_tokens);
-    const bool last_only = step->last_only;
-    auto tasks_of = [&](bool of_last_tokens) {
-        return make_tasks(step->cu_query_lens, step->seq_lens, step->num_requests, of_last_tokens, sizes->num_heads,
-                          sizes->num_kv_heads);
-    };
-    const std::vector<Task> all_tasks = tasks_of(false), last_tasks = last_only ? tasks_of(true) : std::vector<Task>();
-    float* out = last_only ? last : hidden;
-    const int64_t count = (last_only ? step->num_requests : step->num_tokens) * sizes->hidden_size;
+// Runs layers on a step. All rows must be multiples of the lanes long. Without a head, `out` gets the hidden states of
+// all tokens, or of those that are wanted, [T or W, D]; with one, the logits of those that are wanted, [W, V], and
+// `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Returns 0 if the embedding lacks a
+// token, and then has done nothing.
+int sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const Vocabulary* vocabulary,
+                   const LayerStep* step, float* scratch_memory, float* out, int32_t* likeliest) {
+    const int64_t D = sizes->hidden_size, V = vocabulary->size;
+    const Layout layout(*step, sizes->block_size);
+    const int64_t num_tokens = layout.positions.size(), num_rows = step->wanted ? step->num_wanted : num_tokens;
+    if (!step->hidden)
+        for (int64_t i = 0; i < num_tokens; i++)
+            if (step->token_ids[i] < 0 || step->token_ids[i] >= V) return 0;
+    const Scratch scratch(scratch_memory, *sizes, num_tokens);
+    const auto all_tasks = make_tasks(layout.queries, sizes->num_heads, sizes->num_kv_heads);
+    const auto wanted_tasks = make_tasks(layout.wanted_queries, sizes->num_heads, sizes->num_kv_heads);
     std::vector<Work> phases(num_layers * PHASES);
-    Work sum;
+    Work sum, logits, choice;
 #pragma omp parallel
     {
         const int num_threads = omp_get_num_threads();
         std::vector<float> buffer(buffer_size(sizes->head_size));
         for (int layer = 0; layer < num_layers; layer++) {
-            const bool is_short = last_only && layer == num_layers - 1;
-            run_layer(layers[layer], *sizes, *step, is_short ? last_tasks : all_tasks, is_short, scratch, hidden,
-                      is_short ? out : hidden, layer == 0, num_threads, &phases[layer * PHASES], buffer.data());
+            const bool some = step->wanted && layer == num_layers - 1;
+            run_layer(layers[layer], *sizes, *step, vocabulary->embedding, layout, some ? wanted_tasks : all_tasks, some,
+                      scratch, layer == 0, num_threads, &phases[layer * PHASES], buffer.data());
         }
-        sum.share(count, grain_of(count, num_threads), [&](int64_t first, int64_t end) {
-            for (int64_t i = first; i < end; i++) out[i] += scratch.delta[i];
+        float* hidden = step->wanted ? scratch.wanted : scratch.hidden;
+        sum.share(num_rows, grain_of(num_rows, num_threads), [&](int64_t first, int64_t end) {
+            for (int64_t i = first * D; i < end * D; i += D)
+                if (vocabulary->head)
+                    norm_row(scratch.delta + i, hidden + i, vocabulary->norm, scratch.x + i, hidden + i, D, sizes->eps);
+                else
+                    for (int64_t d = i; d < i + D; d++) out[d] = hidden[d] + scratch.delta[d];
         });
+        if (vocabulary->head) {
+            multiply_some(scratch.x, num_rows, D, vocabulary->head, V, nullptr, out, logits, num_threads);
+            choice.share(num_rows, 1, [&](int64_t row, int64_t) { likeliest[row] = argmax(out + row * V, V); });
+        }
     }
+    return 1;
 }
 }

@@ -14,11 +14,12 @@ from torch import Tensor
 from rayserve_sarathi.execution.cuda_graphs import StepGraphs, StepLimits, refuse_graphs
 from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.logprobs import token_logprobs
-from rayserve_sarathi.execution.model_input import build_model_input, first_tokens
+from rayserve_sarathi.execution.model_input import build_model_input, first_tokens, known_tokens
 from rayserve_sarathi.execution.sampler import NOT_FINITE, Sampled, Sampling, sample
+from rayserve_sarathi.kernels.layers import DenseLayers, StepArrays
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.request import TokenLogprobs
-from rayserve_sarathi.step import PromptLogprobsQuery, StepInput, StepOutput
+from rayserve_sarathi.step import Int32Array, PromptLogprobsQuery, StepInput, StepOutput
 
 # Logits of a whole chunk at once would be 500 MB for 1024 tokens and a vocabulary of 128 thousand.
 _MAX_PROMPT_LOGITS_ROWS = 128
@@ -71,10 +72,12 @@ class StepLogits:
 
     Args:
         logits: Of the sampling requests, [S, V] float32; None if there are none.
+        likeliest: The first of the largest ones of each, [S], or -1 where that is not finite; None if it is not known.
         prompt_logprobs: As in `StepOutput`; on rank 0 only.
     """
 
     logits: Tensor | None
+    likeliest: Int32Array | None
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
 
 
@@ -96,14 +99,20 @@ class ModelRunner:
         self._block_size = block_size
         self._newest: tuple[int, Tensor] | None = None
         """The last step that sampled, and its tokens, [S], where they are."""
-        self._kv_caches = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
+        self.kv_caches = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
+        self._joined = decoder.join_layers(self.kv_caches)
         self._graphs: StepGraphs | None = None
         if graph_limits is not None:
             reason = refuse_graphs(decoder)
             if reason is None:
-                self._graphs = StepGraphs(decoder, self._kv_caches, block_size=block_size, limits=graph_limits)
+                self._graphs = StepGraphs(decoder, self.kv_caches, block_size=block_size, limits=graph_limits)
             elif decoder.device.type == "cuda":
                 _logger.info("no CUDA graphs, as %s", reason)
+
+    @property
+    def joins_layers(self) -> bool:
+        """Whether one kernel computes a whole step."""
+        return self._whole is not None
 
     @property
     def is_last(self) -> bool:
@@ -114,6 +123,22 @@ class ModelRunner:
     def is_on_gpu(self) -> bool:
         """Whether the stage's calls return before the device has done what they ask for."""
         return self._decoder.device.type == "cuda"
+
+    @torch.inference_mode()
+    def compute(self, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits:
+        """Compute the stage's part of a step, up to what the next stage needs, or `sample`.
+
+        Args:
+            step: What to compute.
+            hidden: Output of the stage before, [T, D], on any device; None on the first stage.
+        """
+        whole = self._whole
+        if whole is not None and self.is_last and not step.prompt_logprobs:
+            cos, sin = self._angles(step)
+            logits, likeliest = whole.logits(self._arrays(step, step.sample_requests), hidden, cos, sin)
+            return StepLogits(logits=logits if len(logits) else None, likeliest=likeliest, prompt_logprobs={})
+        hidden = self.forward(step, hidden)
+        return self.logits(step, hidden) if self.is_last else hidden
 
     @torch.inference_mode()
     def forward(self, step: StepInput, hidden: Tensor | None) -> Tensor:
@@ -137,10 +162,14 @@ class ModelRunner:
             and (out := self._graphs.run(step, hidden, sampled=sampled)) is not None
         ):
             return out
+        if (whole := self._whole) is not None:
+            everyone = np.arange(len(step.query_lens), dtype=np.int32)
+            cos, sin = self._angles(step)
+            return whole.hidden(self._arrays(step, everyone), hidden, cos, sin, last_only=last_only)
         model_input = build_model_input(step, block_size=self._block_size, device=decoder.device, sampled=sampled)
         if hidden is None:
             hidden = decoder.embed(model_input.token_ids)
-        return decoder.forward(hidden.to(decoder.device), model_input.metadata, self._kv_caches, last_only=last_only)
+        return decoder.forward(hidden.to(decoder.device), model_input.metadata, self.kv_caches, last_only=last_only)
 
     @torch.inference_mode()
     def logits(self, step: StepInput, hidden: Tensor) -> StepLogits:
@@ -160,7 +189,7 @@ class ModelRunner:
             reports = self._prompt_logprobs(step, hidden, query)
             if self._is_chooser:
                 prompt_logprobs[query.request] = reports
-        return StepLogits(logits=logits, prompt_logprobs=prompt_logprobs)
+        return StepLogits(logits=logits, likeliest=None, prompt_logprobs=prompt_logprobs)
 
     @torch.inference_mode()
     def sample(self, step: StepInput, made: StepLogits) -> PendingOutput:
@@ -168,7 +197,7 @@ class ModelRunner:
 
         Args:
             step: What `forward` got.
-            made: What `logits` returned.
+            made: What `compute` or `logits` returned.
 
         Returns:
             The output to come; on ranks other than 0, without tokens.
@@ -177,9 +206,28 @@ class ModelRunner:
         if made.logits is not None and (self._is_chooser or self._decoder.is_first):
             # On a single stage every rank embeds the tokens that the next step may have pending. They are the same, as
             # the logits are to the last bit.
-            sampling = sample(made.logits, self._with_known_histories(step))
+            sampling = sample(made.logits, self._with_known_histories(step), likeliest=made.likeliest)
             self._newest = (step.step_id, sampling.token_ids)
         return PendingOutput(step, sampling if self._is_chooser else None, made.prompt_logprobs)
+
+    @property
+    def _whole(self) -> DenseLayers | None:
+        # Whoever times attention has it computed by itself for a while.
+        return self._joined if self._decoder.backend.is_in_layers else None
+
+    def _arrays(self, step: StepInput, wanted: Int32Array) -> StepArrays:
+        # No operator of torch: each gives Python's lock away, and then waits for it.
+        return StepArrays(
+            token_ids=known_tokens(step, self._sampled_before(step)),
+            query_lens=step.query_lens,
+            context_lens=step.context_lens,
+            num_blocks=step.num_blocks,
+            wanted=wanted,
+            block_tables=step.block_tables,
+        )
+
+    def _angles(self, step: StepInput) -> tuple[Tensor, Tensor]:
+        return self._decoder.angles(int((step.context_lens + step.query_lens).max()))
 
     def _sampled_before(self, step: StepInput) -> Tensor | None:
         """Return the tokens of the step before, None if it failed."""

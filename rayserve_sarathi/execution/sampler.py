@@ -100,42 +100,55 @@ class Sampling:
         return Sampled(chosen, dict(zip(asked.tolist(), reports, strict=True)), bad_rows)
 
 
-def sample(logits: Tensor, step: StepInput) -> Sampling:
+def sample(logits: Tensor, step: StepInput, *, likeliest: Int32Array | None = None) -> Sampling:
     """Choose a token for each sampling request; none can spoil it for another.
 
     Args:
         logits: [S, V] float32; changed in place.
         step: Says how.
+        likeliest: The first of the largest logits of each, [S], or -1 where that is not finite; None to look here.
     """
     # The largest logit is NaN if any is.
-    is_bad = ~logits.amax(dim=-1).isfinite()
+    is_bad = ~logits.amax(dim=-1).isfinite() if likeliest is None else torch.from_numpy(likeliest < 0)
     # To look first would make a GPU wait; on a CPU it saves writing all logits again, which took longer than the rest.
-    if logits.is_cuda or is_bad.any():
+    if logits.is_cuda or is_bad.numpy().any():
         logits.masked_fill_(is_bad[:, None], 0)
     sampling = step.sampling
     asked = np.flatnonzero(sampling["has_logprobs"])
     raw_logprobs = F.log_softmax(logits[asked], dim=-1) if len(asked) else logits[:0]
     if step.logit_bias is not None:
         _add_bias(logits, step.logit_bias)
+        likeliest = None
     if step.histories:
         _penalise(logits, sampling, step.histories)
+        likeliest = None
+    num_logprobs = sampling["num_logprobs"][asked].tolist()
+    return Sampling(
+        _choose(logits, step, likeliest), is_bad, raw_logprobs=raw_logprobs, asked=asked, num_logprobs=num_logprobs
+    )
 
+
+def _choose(logits: Tensor, step: StepInput, likeliest: Int32Array | None) -> Tensor:
+    """Return a token for each row, [S] integers."""
+    sampling = step.sampling
+    is_random = bool(sampling["temperature"].any())
+    if not is_random and likeliest is not None:
+        return torch.from_numpy(likeliest.clip(min=0))
+    if not is_random and not logits.is_cuda:
+        return _argmax(logits)  # as fast as a call can be: 50 against 65 us of the kernel for a row of 4096
     settings = np.zeros((5, len(sampling)))
     settings[:4] = [sampling[name] for name in ("temperature", "top_k", "top_p", "min_p")]
-    if sampling["temperature"].any():
+    if is_random:
         settings[4] = uniforms(sampling["seed"], (step.context_lens + step.query_lens)[step.sample_requests])
-    token_ids = _drawing_for(logits, settings)(logits, settings)
-    num_logprobs = sampling["num_logprobs"][asked].tolist()
-    return Sampling(token_ids, is_bad, raw_logprobs=raw_logprobs, asked=asked, num_logprobs=num_logprobs)
+    return _drawing_for(logits)(logits, settings)
 
 
-def _drawing_for(logits: Tensor, settings: npt.NDArray[np.float64]) -> _Draw:
+def _drawing_for(logits: Tensor) -> _Draw:
     kernel = sampling_for(logits)
     if kernel is not None:
         on_gpu: _Draw = kernel.draw
         return on_gpu
-    # Where nothing is drawn, numpy's argmax is as fast as a call can be: 50 against 65 us for a row of 4096.
-    return draw if kernels_for(logits) is None or not settings[0].any() else cpu_sampling.draw
+    return draw if kernels_for(logits) is None else cpu_sampling.draw
 
 
 def _add_bias(logits: Tensor, bias: LogitBias) -> None:

@@ -16,7 +16,7 @@ from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError
 from rayserve_sarathi.execution.cuda_graphs import StepLimits
 from rayserve_sarathi.execution.kv_cache import fit_num_blocks
-from rayserve_sarathi.execution.model_runner import ModelRunner, PendingOutput
+from rayserve_sarathi.execution.model_runner import ModelRunner, PendingOutput, StepLogits
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.parallel import SINGLE_RANK, TensorParallel
@@ -164,11 +164,12 @@ class Stage:
         if fault is None:
             has_peers_waiting = self._tp.tp_size > 1
             try:
-                hidden = runner.forward(step, message.hidden)
-                if runner.is_last:
-                    logits = runner.logits(step, hidden)
+                made = runner.compute(step, message.hidden)
+                if isinstance(made, StepLogits):
                     has_peers_waiting = False
-                    pending = runner.sample(step, logits)
+                    pending = runner.sample(step, made)
+                else:
+                    hidden = made
             except Exception as exception:  # the outermost frame of a stage: whatever it is, it fails this step alone
                 fault = self._make_fault(step, exception, is_stage_broken=has_peers_waiting)
         self._leave_others(fault)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
-from rayserve_sarathi.kernels.layers import DenseLayers
+from rayserve_sarathi.kernels.layers import DenseLayers, have_whole_vectors
 from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.layers import Layer
-from rayserve_sarathi.models.norm import take_norm
+from rayserve_sarathi.models.norm import RmsNorm, take_norm
 from rayserve_sarathi.models.parallel import TensorParallel
 from rayserve_sarathi.models.parameters import Weights
 from rayserve_sarathi.models.rotary import RotaryEmbedding
@@ -56,7 +56,6 @@ class Decoder:
         self.dtype = dtype
         self._rotary = RotaryEmbedding(config.rotary, head_size=config.head_dim, device=device)
         self._layers = [Layer(config, weights, layer=layer, shard=shard, tp=tp, backend=backend) for layer in layers]
-        self._dense_layers = self._join_layers()
         if self.is_last:
             self._norm = take_norm(config, weights, "norm")
             # Tied embeddings: a single stage has no head of its own.
@@ -75,11 +74,6 @@ class Decoder:
     def is_last(self) -> bool:
         """Whether this stage has the final norm and the head."""
         return self.layers.stop == self.config.num_hidden_layers
-
-    @property
-    def joins_layers(self) -> bool:
-        """Whether one kernel computes all layers of a step."""
-        return self._dense_layers is not None and self.backend.is_in_layers
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the hidden states, [T, D], of token ids, [T] int32 or int64. First stage only."""
@@ -108,10 +102,6 @@ class Decoder:
         """
         last_only = last_only and metadata.has_chunks  # without chunks the tokens are the last ones
         cos, sin = self._rotary(metadata.positions)
-        if self._dense_layers is not None and self.backend.is_in_layers:
-            return self._dense_layers(
-                hidden, cos=cos, sin=sin, kv_caches=kv_caches, metadata=metadata, last_only=last_only
-            )
         addend = None
         for layer, (k_cache, v_cache) in zip(self._layers, kv_caches, strict=True):
             hidden, addend = layer(
@@ -126,19 +116,29 @@ class Decoder:
             )
         return hidden if addend is None else hidden + addend
 
-    def _join_layers(self) -> DenseLayers | None:
-        """Return all layers as one kernel; None if it does not compute such layers."""
+    def join_layers(self, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> DenseLayers | None:
+        """Return what runs the whole stage in one kernel; None if there is none for such layers."""
         layers = [dense for layer in self._layers if (dense := layer.dense()) is not None]
         if not self.backend.is_in_layers or len(layers) < len(self._layers):
             return None
-        joined = DenseLayers(
+        if not have_whole_vectors(layers, head_size=self.config.head_dim):
+            return None
+        norm = self._norm if self.is_last else None
+        assert norm is None or isinstance(norm, RmsNorm), "a decoder's norms are of one kind"
+        return DenseLayers(
             layers,
+            kv_caches,
+            embedding=self._embedding.weight if self.is_first else None,
+            norm=None if norm is None else norm.weight,
+            head=self._head.linear if self.is_last else None,
+            vocab_size=self.config.vocab_size,
             num_heads=len(self.shard.heads),
-            num_kv_heads=len(self.shard.kv_heads),
-            head_size=self.config.head_dim,
             eps=self.config.norm_eps,
         )
-        return joined if joined.has_whole_vectors else None
+
+    def angles(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of all positions, for `join_layers`; see `RotaryEmbedding.table`."""
+        return self._rotary.table(num_positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, [n, V] float32, of hidden states of the last layer, [n, D]. Last stage only."""

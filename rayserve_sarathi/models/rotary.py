@@ -9,6 +9,8 @@ from torch import Tensor
 from rayserve_sarathi.kernels.rotary import inverse_frequencies, rotary_cos_sin, scale_llama3, scale_yarn
 from rayserve_sarathi.models.config import LinearScaling, Llama3Scaling, RotaryConfig, YarnScaling
 
+_MIN_TABLE = 1024
+
 
 class RotaryEmbedding:
     """Angles by position."""
@@ -40,7 +42,18 @@ class RotaryEmbedding:
                 )
                 self._attention_factor = yarn.attention_factor
         self._frequencies = frequencies.to(device)
+        self._table = self(torch.empty(0, dtype=torch.int32, device=device))
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine, [T, 1, H / 2] float32 each, at positions, [T] int32."""
         return rotary_cos_sin(positions, self._frequencies, attention_factor=self._attention_factor)
+
+    def table(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine at the first `num_positions` positions, or more, [positions, 1, H / 2] float32 each.
+
+        They are kept, and made anew, twice as many, when there are too few.
+        """
+        if num_positions > len(self._table[0]):
+            count = max(_MIN_TABLE, 2 ** (num_positions - 1).bit_length())
+            self._table = self(torch.arange(count, dtype=torch.int32, device=self._frequencies.device))
+        return self._table

@@ -20,17 +20,17 @@ class Embedding:
     """
 
     def __init__(self, weight: Tensor, *, first: int, tp: TensorParallel) -> None:
-        self._weight = weight
+        self.weight = weight
         self._first = first
         self._tp = tp
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Return [T, D] for token ids, [T] int64."""
         if self._tp.tp_size == 1:
-            return F.embedding(token_ids, self._weight)
+            return F.embedding(token_ids, self.weight)
         rows = token_ids - self._first
-        is_elsewhere = (rows < 0) | (rows >= len(self._weight))
-        hidden = F.embedding(rows.masked_fill(is_elsewhere, 0), self._weight)
+        is_elsewhere = (rows < 0) | (rows >= len(self.weight))
+        hidden = F.embedding(rows.masked_fill(is_elsewhere, 0), self.weight)
         return self._tp.all_reduce(hidden.masked_fill_(is_elsewhere[:, None], 0))
 
 
@@ -44,10 +44,10 @@ class Head:
     """
 
     def __init__(self, weight: Tensor, *, vocab_size: int, tp: TensorParallel) -> None:
-        self._linear = Linear(weight)
+        self.linear = Linear(weight)
         self._vocab_size = vocab_size
         self._tp = tp
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return [n, V], contiguous, for hidden states after the final norm, [n, D]."""
-        return self._tp.all_gather(self._linear(hidden))[:, : self._vocab_size].contiguous()
+        return self._tp.all_gather(self.linear(hidden))[:, : self._vocab_size].contiguous()

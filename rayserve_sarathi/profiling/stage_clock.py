@@ -142,11 +142,13 @@ class StageClock:
 
     def _time(self, step: StepInput) -> ClockTimes:
         assert self._backend is not None, "the decoder has asked for it"
-        prepare_s, model_input = self._timed(
-            lambda: build_model_input(step, block_size=self.block_size, device=self._device)
-        )
-        with torch.inference_mode():
-            embed_s, _ = self._timed(lambda: self._decoder.embed(model_input.token_ids))
+        prepare_s = embed_s = 0.0
+        if not self._runner.joins_layers:  # else they are within `forward`, and take next to nothing there
+            prepare_s, model_input = self._timed(
+                lambda: build_model_input(step, block_size=self.block_size, device=self._device)
+            )
+            with torch.inference_mode():
+                embed_s, _ = self._timed(lambda: self._decoder.embed(model_input.token_ids))
         # Waiting for the device around each attention would lengthen the rest, so the whole is timed by itself.
         forward_s, hidden = self._timed(lambda: self._runner.forward(step, None))
         sample_s, _ = self._timed(lambda: self._runner.sample(step, self._runner.logits(step, hidden)).wait())

@@ -1,21 +1,23 @@
-"""All layers in one call of the C++ kernels compute what the layers compute one by one, to the same bits."""
+"""A stage in one call of the C++ kernels computes what its layers compute one by one, to the same bits."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from rayserve_sarathi.config import EngineConfig
-from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
-from rayserve_sarathi.execution.model_input import build_model_input
+from rayserve_sarathi.execution.model_runner import ModelRunner, StepLogits
+from rayserve_sarathi.execution.sampler import NOT_FINITE
 from rayserve_sarathi.kernels.attention.cpp import CppAttention
-from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.profiling.grid import make_step
 from tests.checkpoints import save_checkpoint
-from tests.stages import random_pools
+from tests.stages import ANY_PROMPT_LOGPROBS
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler to build with")
 
@@ -35,36 +37,88 @@ class Apart(CppAttention):
     is_in_layers = False
 
 
-def load(folder: Path, family: str, wrap) -> Decoder:
+def load(folder: Path, family: str, *, stage: int = 0, num_stages: int = 1, is_apart: bool = False) -> ModelRunner:
     save_checkpoint(folder, family, **WIDE)
-    config = EngineConfig(model=str(folder), device="cpu")
-    return load_decoder(config, resolve_model(config), stage=0, wrap_backend=wrap)
+    config = EngineConfig(model=str(folder), device="cpu", pipeline_parallel_size=num_stages)
+    wrap = (lambda backend: Apart()) if is_apart else (lambda backend: backend)
+    decoder = load_decoder(config, resolve_model(config), stage=stage, wrap_backend=wrap)
+    runner = ModelRunner(decoder, num_blocks=24, block_size=16)
+    assert runner.joins_layers != is_apart
+    with torch.inference_mode():
+        for pool in (cache for pair in runner.kv_caches for cache in pair):
+            pool.normal_(generator=torch.Generator().manual_seed(1))
+    return runner
 
 
-@pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_compute_the_same_bits(tmp_path: Path, family: str, num_threads: int, last_only: bool) -> None:
-    together = load(tmp_path, family, lambda backend: backend)
-    apart = load(tmp_path, family, lambda backend: Apart())
-    assert together.joins_layers and not apart.joins_layers
+def test_they_compute_the_same_bits(tmp_path: Path, family: str, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     try:
         for num_decodes, chunks in STEPS.values():
             step = make_step(num_decodes=num_decodes, decode_context=21, chunks=chunks, block_size=16, vocab_size=60)
-            model_input = build_model_input(step, block_size=16, device=torch.device("cpu"))
-            outputs = []
-            for decoder in (together, apart):
-                pools = random_pools(decoder, num_blocks=24, block_size=16)
-                hidden = decoder.embed(model_input.token_ids)
-                outputs.append((decoder.forward(hidden, model_input.metadata, pools, last_only=last_only), pools))
-            (ours, our_pools), (plain, plain_pools) = outputs
-            assert len(ours) == (num_decodes + len(chunks) if last_only else step.num_tokens)
-            assert torch.equal(ours, plain)
-            for one, other in zip(our_pools, plain_pools, strict=True):
+            together, apart = (load(tmp_path, family, is_apart=is_apart) for is_apart in (False, True))
+            ours, plain = together.compute(step, None), apart.compute(step, None)
+            assert isinstance(ours, StepLogits) and isinstance(plain, StepLogits)
+            assert ours.logits is not None and plain.logits is not None and ours.likeliest is not None
+            assert torch.equal(ours.logits, plain.logits)
+            assert ours.likeliest.tolist() == plain.logits.argmax(dim=-1).tolist()
+            for one, other in zip(together.kv_caches, apart.kv_caches, strict=True):
                 assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+            # Without the head, and all tokens in place of the last ones.
+            assert torch.equal(together.forward(step, None), apart.forward(step, None))
+            whole = replace(step, prompt_logprobs=(ANY_PROMPT_LOGPROBS,))
+            assert torch.equal(hidden := together.forward(whole, None), apart.forward(whole, None))
+            assert len(hidden) == step.num_tokens
     finally:
         torch.set_num_threads(1)
+
+
+def test_stages_compute_the_same_bits(tmp_path: Path) -> None:
+    step = make_step(num_decodes=3, decode_context=21, chunks=((33, 20),), block_size=16, vocab_size=60)
+    made = []
+    for is_apart in (False, True):
+        first, last = (load(tmp_path, "llama", stage=stage, num_stages=2, is_apart=is_apart) for stage in range(2))
+        hidden = first.compute(step, None)
+        assert isinstance(hidden, Tensor)
+        before = hidden.clone()
+        logits = last.compute(step, hidden)
+        assert isinstance(logits, StepLogits)
+        assert torch.equal(hidden, before), "what a stage sends on is still its own"
+        made.append((hidden, logits.logits))
+
+    assert torch.equal(made[0][0], made[1][0]) and torch.equal(made[0][1], made[1][1])
+
+
+def test_only_requests_that_sample_have_logits(tmp_path: Path) -> None:
+    step = make_step(num_decodes=3, decode_context=21, chunks=((33, 20),), block_size=16, vocab_size=60)
+    runner = load(tmp_path, "llama")
+    all_logits = runner.compute(step, None)
+    some = runner.compute(replace(step, sample_requests=np.array([0, 2], dtype=np.int32)), None)
+    none = runner.compute(replace(step, sample_requests=np.empty(0, dtype=np.int32)), None)
+
+    torch.testing.assert_close(some.logits, all_logits.logits[[0, 2]], atol=1e-5, rtol=1e-5)
+    assert none.logits is None
+
+
+def test_likeliest_tokens_of_logits_that_are_not_finite_are_none(tmp_path: Path) -> None:
+    runner = load(tmp_path, "llama")
+    step = make_step(num_decodes=3, decode_context=21, chunks=(), block_size=16, vocab_size=60)
+    _, values = runner.kv_caches[0]
+    with torch.inference_mode():
+        values[step.block_tables[step.num_blocks[0]]] = float("nan")  # of the second request
+
+    made = runner.compute(step, None)
+
+    assert [token < 0 for token in made.likeliest] == [False, True, False]
+    assert runner.sample(step, made).wait().errors == {1: NOT_FINITE}
+
+
+def test_a_token_that_is_in_no_vocabulary_is_refused(tmp_path: Path) -> None:
+    step = make_step(num_decodes=2, decode_context=3, chunks=(), block_size=16, vocab_size=60)
+    for token_id in (-1, 1_000_000):
+        with pytest.raises(IndexError, match=str(token_id)):
+            load(tmp_path, "llama").compute(replace(step, token_ids=np.array([0, token_id], dtype=np.int32)), None)
 
 
 @pytest.mark.parametrize(("family", "settings"), [("qwen3", WIDE), ("falcon-7b", {}), ("mixtral", {})])
@@ -72,16 +126,6 @@ def test_layers_of_another_kind_are_computed_one_by_one(tmp_path: Path, family: 
     save_checkpoint(tmp_path, family, **settings)
     config = EngineConfig(model=str(tmp_path), device="cpu")
 
-    assert not load_decoder(config, resolve_model(config), stage=0).joins_layers
+    decoder = load_decoder(config, resolve_model(config), stage=0)
 
-
-def test_hidden_states_of_the_stage_before_are_not_changed(tmp_path: Path) -> None:
-    decoder = load(tmp_path, "llama", lambda backend: backend)
-    step = make_step(num_decodes=2, decode_context=3, chunks=(), block_size=16, vocab_size=60)
-    model_input = build_model_input(step, block_size=16, device=torch.device("cpu"))
-    hidden = torch.randn(2, 64)
-    before = hidden.clone()
-
-    decoder.forward(hidden, model_input.metadata, allocate_kv_caches(decoder, num_blocks=4, block_size=16))
-
-    assert torch.equal(hidden, before)
+    assert not ModelRunner(decoder, num_blocks=4, block_size=16).joins_layers

@@ -291,7 +291,7 @@ def test_after_an_error_of_the_device_the_stage_is_broken(tmp_path: Path, monkey
     stage = Stage(make_config(tmp_path, tp_size=1), index=0)
     stage.load()
     stage.start(32)
-    monkeypatch.setattr(ModelRunner, "forward", fail)
+    monkeypatch.setattr(ModelRunner, "compute", fail)
     failed = stage.execute_first(make_step(Chunk(token_ids=PROMPT, block_ids=[0, 1, 2], sampling=GREEDY)))
 
     assert failed.fault is not None and failed.fault.is_stage_broken

@@ -3,8 +3,8 @@
 They compute what each one's own kernels do one after the other, to the same bits, but begin and end a parallel region
 once a step and not some ten times a layer, and come back to Python once.
 
-Dimensions: T tokens in the step; R requests, W of them wanted; D hidden size; V vocabulary; F intermediate size; N query
-and K KV heads; H head size; P blocks in the pool; S tokens per block.
+Dimensions: T tokens in the step; R requests, W of them wanted; D hidden size; V vocabulary; F intermediate size; N
+query and K KV heads; H head size; P blocks in the pool; S tokens per block.
 """
 
 import ctypes
@@ -31,6 +31,7 @@ class DenseLayer:
     Args:
         input_norm: [D].
         qkv: To [N + 2 K, H], whose heads are rotated whole.
+        qk_norms: Norms of the heads of queries and of keys, before they are rotated, [H] each; None for none.
         o: Back from [N, H].
         mlp_norm: [D].
         up: To gate and up side by side, 2 F.
@@ -40,6 +41,7 @@ class DenseLayer:
 
     input_norm: Tensor
     qkv: Linear
+    qk_norms: tuple[Tensor, Tensor] | None
     o: Linear
     mlp_norm: Tensor
     up: Linear
@@ -49,7 +51,7 @@ class DenseLayer:
 
 class _Weights(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("input_norm", "qkv", "qkv_bias", "o", "o_bias")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias")),
         *((name, ctypes.c_void_p) for name in ("mlp_norm", "up", "up_bias", "down", "down_bias", "keys", "values")),
         ("window", ctypes.c_int64),
     )
@@ -241,7 +243,10 @@ def have_whole_vectors(layers: Sequence[DenseLayer], *, head_size: int) -> bool:
 
 
 def _weights_of(layer: DenseLayer, keys: Tensor, values: Tensor) -> _Weights:
+    q_norm, k_norm = layer.qk_norms or (None, None)
     return _Weights(
+        q_norm=None if q_norm is None else q_norm.data_ptr(),
+        k_norm=None if k_norm is None else k_norm.data_ptr(),
         input_norm=layer.input_norm.data_ptr(),
         mlp_norm=layer.mlp_norm.data_ptr(),
         keys=keys.data_ptr(),

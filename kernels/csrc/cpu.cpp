@@ -642,7 +642,8 @@ int32_t draw_row(const float* logits, int64_t vocab_size, float temperature, int
 // decode of a small model is otherwise mostly the beginning and ending of some ten regions a layer.
 
 struct LayerWeights {
-    const float *input_norm, *qkv, *qkv_bias, *o, *o_bias, *mlp_norm, *up, *up_bias, *down, *down_bias;
+    const float *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm;  // the last two null where heads have no norms
+    const float *o, *o_bias, *mlp_norm, *up, *up_bias, *down, *down_bias;
     float *keys, *values;
     int64_t window;
 };
@@ -753,6 +754,10 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
     for_each(T, [&](int64_t token) {
         float* row = scratch.qkv + token * row_size;
         const int64_t angle = layout.positions[token] * H / 2;
+        for (int64_t head = 0; weights.q_norm && head < sizes.num_heads + sizes.num_kv_heads; head++) {
+            const float* norm = head < sizes.num_heads ? weights.q_norm : weights.k_norm;
+            norm_row(row + head * H, nullptr, norm, row + head * H, nullptr, H, sizes.eps);
+        }
         rotate_token(row, step.cos + angle, step.sin + angle, sizes.num_heads + sizes.num_kv_heads, H);
         write_token(row + heads, row + heads + kv, weights.keys, weights.values, layout.slots[token], sizes.num_kv_heads,
                     H, sizes.block_size);

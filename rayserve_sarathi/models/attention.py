@@ -29,14 +29,7 @@ class Attention:
         self._backend = backend
         self.qkv = Linear(weights.pop(f"{prefix}qkv"), weights.pop(f"{prefix}qkv_bias", None))
         self.o = Linear(weights.pop(f"{prefix}o"), weights.pop(f"{prefix}o_bias", None))
-        self._qk_norms = (
-            (weights.pop(f"{prefix}q_norm"), weights.pop(f"{prefix}k_norm")) if config.has_qk_norm else None
-        )
-
-    @property
-    def has_qk_norms(self) -> bool:
-        """Whether queries and keys are normalised."""
-        return self._qk_norms is not None
+        self.qk_norms = (weights.pop(f"{prefix}q_norm"), weights.pop(f"{prefix}k_norm")) if config.has_qk_norm else None
 
     def __call__(
         self,
@@ -55,8 +48,8 @@ class Attention:
             What the rank's heads contribute: the sum over all ranks is the layer's attention, [T, D] or [R, D].
         """
         qkv = self.qkv(x).view(len(x), -1, self._head_size)
-        if self._qk_norms is not None:
-            q_norm, k_norm = self._qk_norms
+        if self.qk_norms is not None:
+            q_norm, k_norm = self.qk_norms
             num_rotated = self._num_heads + self._num_kv_heads
             qkv[:, : self._num_heads] = rms_norm(qkv[:, : self._num_heads], q_norm, eps=self._eps)
             qkv[:, self._num_heads : num_rotated] = rms_norm(

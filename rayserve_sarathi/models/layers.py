@@ -57,13 +57,13 @@ class Layer:
             or not isinstance(mlp_norm, RmsNorm)
             or not isinstance(mlp, DenseMlp)
             or not mlp.is_gated
-            or attention.has_qk_norms
             or not attention.qkv.is_packed
         ):
             return None
         return DenseLayer(
             input_norm=norm.weight,
             qkv=attention.qkv,
+            qk_norms=attention.qk_norms,
             o=attention.o,
             mlp_norm=mlp_norm.weight,
             up=mlp.up,

@@ -85,6 +85,7 @@ def our_settings(model: str, *, is_interfered: bool) -> dict[str, object]:
         "device": "cpu",
         "transport": "inline",
         "kv_cache_memory_bytes": 2 * 2**30,
+        "enable_prefix_caching": False,  # as in vLLM: prompts are random, so it would find nothing
         "scheduler": {"max_num_seqs": 64},
     }
     if is_interfered:

@@ -23,6 +23,9 @@ from rayserve_sarathi.kernels.native import load_library
 
 Int32Array = npt.NDArray[np.int32]
 
+_UNKNOWN_TOKEN, _TOO_FEW_BLOCKS = 1, 2
+"""What is wrong with a step; as in csrc/cpu.cpp."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseLayer:
@@ -169,7 +172,7 @@ class DenseLayers:
             [T, D] float32, or with `last_only` [W, D].
 
         Raises:
-            IndexError: A token is not in the vocabulary.
+            IndexError: A token is not in the vocabulary, or a request has fewer blocks than it needs.
         """
         out = torch.empty((len(step.wanted) if last_only else len(step.token_ids), self._hidden_size))
         self._compute(self._without_head, step, hidden, (cos, sin), last_only=last_only, out=out, likeliest=None)
@@ -207,7 +210,7 @@ class DenseLayers:
         *starts, _ = accumulate((4 * len(array) for array in step), initial=packed.ctypes.data)
         token_ids, query_lens, context_lens, num_blocks, wanted, block_tables = starts
         hidden = None if hidden is None else hidden.contiguous()
-        is_done = self._run(
+        fault = self._run(
             self._weights,
             len(self._weights),
             ctypes.byref(self._sizes),
@@ -231,8 +234,11 @@ class DenseLayers:
             out.data_ptr(),
             None if likeliest is None else likeliest.ctypes.data,
         )
-        if not is_done:
+        if fault == _UNKNOWN_TOKEN:
             raise IndexError(f"tokens {step.token_ids.tolist()} with a vocabulary of {self._vocab_size}")
+        if fault == _TOO_FEW_BLOCKS:
+            seq_lens = (step.context_lens + step.query_lens).tolist()
+            raise IndexError(f"{step.num_blocks.tolist()} blocks for {seq_lens} tokens")
 
 
 def have_whole_vectors(layers: Sequence[DenseLayer], *, head_size: int) -> bool:

@@ -668,6 +668,19 @@ struct Vocabulary {
     int64_t size;
 };
 
+enum Fault { NONE, UNKNOWN_TOKEN, TOO_FEW_BLOCKS };  // of a step, as kernels/layers.py has them
+
+Fault find_fault(const LayerStep& step, int64_t vocab_size, int64_t block_size) {
+    const int32_t* token = step.token_ids;
+    for (int request = 0; request < step.num_requests; request++) {
+        const int64_t seq_len = step.context_lens[request] + step.query_lens[request];
+        if (seq_len > step.num_blocks[request] * block_size) return TOO_FEW_BLOCKS;
+        for (int i = 0; i < step.query_lens[request]; i++, token++)
+            if (!step.hidden && (*token < 0 || *token >= vocab_size)) return UNKNOWN_TOKEN;
+    }
+    return NONE;
+}
+
 // Where the step's tokens are.
 struct Layout {
     std::vector<Query> queries, wanted_queries;
@@ -883,16 +896,14 @@ int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_e
 
 // Runs layers on a step. All rows must be multiples of the lanes long. Without a head, `out` gets the hidden states of
 // all tokens, or of those that are wanted, [T or W, D]; with one, the logits of those that are wanted, [W, V], and
-// `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Returns 0 if the embedding lacks a
-// token, and then has done nothing.
+// `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Of a step with a fault it returns that,
+// and does nothing.
 int sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const Vocabulary* vocabulary,
                    const LayerStep* step, float* scratch_memory, float* out, int32_t* likeliest) {
     const int64_t D = sizes->hidden_size, V = vocabulary->size;
+    if (const Fault fault = find_fault(*step, V, sizes->block_size)) return fault;
     const Layout layout(*step, sizes->block_size);
     const int64_t num_tokens = layout.positions.size(), num_rows = step->wanted ? step->num_wanted : num_tokens;
-    if (!step->hidden)
-        for (int64_t i = 0; i < num_tokens; i++)
-            if (step->token_ids[i] < 0 || step->token_ids[i] >= V) return 0;
     const Scratch scratch(scratch_memory, *sizes, num_tokens);
     const auto all_tasks = make_tasks(layout.queries, sizes->num_heads, sizes->num_kv_heads);
     const auto wanted_tasks = make_tasks(layout.wanted_queries, sizes->num_heads, sizes->num_kv_heads);
@@ -920,6 +931,6 @@ int sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes*
             choice.share(num_rows, 1, [&](int64_t row, int64_t) { likeliest[row] = argmax(out + row * V, V); });
         }
     }
-    return 1;
+    return NONE;
 }
 }

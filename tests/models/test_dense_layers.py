@@ -114,11 +114,22 @@ def test_likeliest_tokens_of_logits_that_are_not_finite_are_none(tmp_path: Path)
     assert runner.sample(step, made).wait().errors == {1: NOT_FINITE}
 
 
-def test_a_token_that_is_in_no_vocabulary_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token_ids": [0, -1]}, "tokens"),
+        ({"token_ids": [0, 1_000_000]}, "tokens"),
+        ({"context_lens": [3, 40]}, r"blocks for \[4, 41\] tokens"),
+    ],
+)
+def test_a_step_that_would_be_read_beyond_its_end_is_refused(
+    tmp_path: Path, fields: dict[str, list[int]], message: str
+) -> None:
     step = make_step(num_decodes=2, decode_context=3, chunks=(), block_size=16, vocab_size=60)
-    for token_id in (-1, 1_000_000):
-        with pytest.raises(IndexError, match=str(token_id)):
-            load(tmp_path, "llama").compute(replace(step, token_ids=np.array([0, token_id], dtype=np.int32)), None)
+    wrong = replace(step, **{name: np.array(values, dtype=np.int32) for name, values in fields.items()})
+
+    with pytest.raises(IndexError, match=message):
+        load(tmp_path, "llama").compute(wrong, None)
 
 
 @pytest.mark.parametrize(("family", "settings"), [("falcon-7b", {}), ("mixtral", {})])

@@ -23,7 +23,7 @@ from rayserve_sarathi.kernels.native import load_library
 
 Int32Array = npt.NDArray[np.int32]
 
-_UNKNOWN_TOKEN, _TOO_FEW_BLOCKS = 1, 2
+_NO_FAULT, _UNKNOWN_TOKEN, _WRONG_LENGTHS = range(3)
 """What is wrong with a step; as in csrc/cpu.cpp."""
 
 
@@ -72,7 +72,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("token_ids", "query_lens", "context_lens", "num_blocks", "wanted")),
         *((name, ctypes.c_void_p) for name in ("block_tables", "hidden", "cos", "sin")),
-        *((name, ctypes.c_int64) for name in ("num_requests", "num_wanted")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_requests", "num_wanted", "num_block_ids")),
     )
 
 
@@ -81,6 +81,9 @@ class _Vocabulary(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head")),
         ("size", ctypes.c_int64),
     )
+
+
+_LONG = ("token_ids", "block_tables")
 
 
 class StepArrays(NamedTuple):
@@ -103,8 +106,8 @@ class StepArrays(NamedTuple):
     block_tables: Int32Array
 
 
-class DenseLayers:
-    """Layers whose weights are laid out for the C++ kernels, and whose KV has the layout of `CppAttention`.
+class DenseStage:
+    """A stage whose weights are laid out for the C++ kernels, and whose KV has the layout of `CppAttention`.
 
     Args:
         layers: At least one, in order.
@@ -172,7 +175,7 @@ class DenseLayers:
             [T, D] float32, or with `last_only` [W, D].
 
         Raises:
-            IndexError: A token is not in the vocabulary, or a request has fewer blocks than it needs.
+            IndexError: A token is not in the vocabulary, or the arrays' lengths do not fit each other.
         """
         out = torch.empty((len(step.wanted) if last_only else len(step.token_ids), self._hidden_size))
         self._compute(self._without_head, step, hidden, (cos, sin), last_only=last_only, out=out, likeliest=None)
@@ -202,6 +205,12 @@ class DenseLayers:
         out: Tensor,
         likeliest: Int32Array | None,
     ) -> None:
+        if hidden is None:
+            assert vocabulary.embedding is not None, "it is not the first stage"
+        else:
+            assert (hidden.device.type, hidden.dtype) == ("cpu", torch.float32), f"{hidden.device} {hidden.dtype}"
+            assert hidden.shape == (len(step.token_ids), self._hidden_size), f"hidden states of {hidden.shape}"
+            hidden = hidden.contiguous()
         num_scratch = len(step.token_ids) * self._scratch_each
         if self._scratch.numel() < num_scratch:
             # Kept: memory that is new in each step is mapped anew, which takes longer than a decode.
@@ -209,7 +218,6 @@ class DenseLayers:
         packed = np.concatenate(step, dtype=np.int32)
         *starts, _ = accumulate((4 * len(array) for array in step), initial=packed.ctypes.data)
         token_ids, query_lens, context_lens, num_blocks, wanted, block_tables = starts
-        hidden = None if hidden is None else hidden.contiguous()
         fault = self._run(
             self._weights,
             len(self._weights),
@@ -226,8 +234,10 @@ class DenseLayers:
                     hidden=None if hidden is None else hidden.data_ptr(),
                     cos=angles[0].data_ptr(),
                     sin=angles[1].data_ptr(),
+                    num_tokens=len(step.token_ids),
                     num_requests=len(step.query_lens),
                     num_wanted=len(step.wanted),
+                    num_block_ids=len(step.block_tables),
                 )
             ),
             self._scratch.data_ptr(),
@@ -236,13 +246,14 @@ class DenseLayers:
         )
         if fault == _UNKNOWN_TOKEN:
             raise IndexError(f"tokens {step.token_ids.tolist()} with a vocabulary of {self._vocab_size}")
-        if fault == _TOO_FEW_BLOCKS:
-            seq_lens = (step.context_lens + step.query_lens).tolist()
-            raise IndexError(f"{step.num_blocks.tolist()} blocks for {seq_lens} tokens")
+        if fault == _WRONG_LENGTHS:
+            lens = {name: array.tolist() for name, array in step._asdict().items() if name not in _LONG}
+            raise IndexError(f"{len(step.token_ids)} tokens and {len(step.block_tables)} block ids do not fit {lens}")
+        assert fault == _NO_FAULT, f"{fault} is none of the kernel's faults"
 
 
 def have_whole_vectors(layers: Sequence[DenseLayer], *, head_size: int) -> bool:
-    """Return whether `DenseLayers` can compute them: all sizes are multiples of what its kernels do at once."""
+    """Return whether `DenseStage` can compute them: all sizes are multiples of what its kernels do at once."""
     lanes: int = load_library().sarathi_lanes()
     sizes = (len(layers[0].input_norm), layers[0].up.num_outputs // 2, head_size)
     return all(size % lanes == 0 for size in sizes)

@@ -306,13 +306,16 @@ class Engine:
         return self._scheduler.late_reports(request_id)
 
     async def _run_steps(self) -> None:
+        tasks = [asyncio.create_task(self._submit_steps()), asyncio.create_task(self._receive_steps())]
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._submit_steps())
-                group.create_task(self._receive_steps())
-        except BaseExceptionGroup as errors:
-            first = errors.exceptions[0]
-            raise first from first.__cause__
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()  # it ends only by an error
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _rebuild(self, fault: PipelineFaultError) -> None:
         """Bring the pipeline back, though it may fail again meanwhile."""

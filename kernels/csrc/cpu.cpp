@@ -636,10 +636,10 @@ int32_t draw_row(const float* logits, int64_t vocab_size, float temperature, int
     return token;
 }
 
-// ---- whole layers
+// ---- a whole stage
 //
-// The kernels above one after the other, as models/layers.py orders them, but in one parallel region for all layers: a
-// decode of a small model is otherwise mostly the beginning and ending of some ten regions a layer.
+// The kernels above one after the other, as models/decoder.py and models/layers.py order them, but in one parallel
+// region: a decode of a small model is otherwise mostly the beginning and ending of some ten regions a layer.
 
 struct LayerWeights {
     const float *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm;  // the last two null where heads have no norms
@@ -653,31 +653,39 @@ struct LayerSizes {
     float eps, scale;
 };
 
-// A step as the scheduler sends it, of R requests. Angles are those of positions, [positions, H / 2]. Hidden states come
-// from the stage before, [T, D], or else from the embedding. Once it has stored keys and values, the last layer goes on
-// with the last token alone of each of `wanted`, [W], unless that is null.
+// A step as the scheduler sends it, of R requests. Angles are those of positions, [positions, H / 2]. Hidden states
+// come from the stage before, [T, D], or else from the embedding. Once it has stored keys and values, the last layer
+// goes on with the last token alone of each of `wanted`, [W], unless that is null.
 struct LayerStep {
     const int32_t *token_ids, *query_lens, *context_lens, *num_blocks, *wanted, *block_tables;
     const float *hidden, *cos, *sin;
-    int64_t num_requests, num_wanted;
+    int64_t num_tokens, num_requests, num_wanted, num_block_ids;
 };
 
-// Both are [V, D], the head in panels. Where there is none, as on all stages but the last, hidden states are the result.
+// Embedding and head are [V, D], the head in panels. Without a head, as before the last stage, hidden states are the
+// result.
 struct Vocabulary {
     const float *embedding, *norm, *head;
     int64_t size;
 };
 
-enum Fault { NONE, UNKNOWN_TOKEN, TOO_FEW_BLOCKS };  // of a step, as kernels/layers.py has them
+enum Fault { NONE, UNKNOWN_TOKEN, WRONG_LENGTHS };  // of a step, as kernels/layers.py has them
 
 Fault find_fault(const LayerStep& step, int64_t vocab_size, int64_t block_size) {
-    const int32_t* token = step.token_ids;
+    int64_t num_tokens = 0, num_block_ids = 0;
     for (int request = 0; request < step.num_requests; request++) {
-        const int64_t seq_len = step.context_lens[request] + step.query_lens[request];
-        if (seq_len > step.num_blocks[request] * block_size) return TOO_FEW_BLOCKS;
-        for (int i = 0; i < step.query_lens[request]; i++, token++)
-            if (!step.hidden && (*token < 0 || *token >= vocab_size)) return UNKNOWN_TOKEN;
+        const int64_t query_len = step.query_lens[request], context_len = step.context_lens[request];
+        const int64_t num_blocks = step.num_blocks[request];
+        if (query_len < 1 || context_len < 0 || context_len + query_len > num_blocks * block_size) return WRONG_LENGTHS;
+        num_tokens += query_len;
+        num_block_ids += num_blocks;
     }
+    if (num_tokens != step.num_tokens || num_block_ids != step.num_block_ids) return WRONG_LENGTHS;
+    if (step.num_wanted > step.num_requests) return WRONG_LENGTHS;
+    for (int index = 0; index < step.num_wanted; index++)
+        if (step.wanted && (step.wanted[index] < 0 || step.wanted[index] >= step.num_requests)) return WRONG_LENGTHS;
+    for (int64_t i = 0; i < num_tokens; i++)
+        if (!step.hidden && (step.token_ids[i] < 0 || step.token_ids[i] >= vocab_size)) return UNKNOWN_TOKEN;
     return NONE;
 }
 
@@ -772,8 +780,8 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
             norm_row(row + head * H, nullptr, norm, row + head * H, nullptr, H, sizes.eps);
         }
         rotate_token(row, step.cos + angle, step.sin + angle, sizes.num_heads + sizes.num_kv_heads, H);
-        write_token(row + heads, row + heads + kv, weights.keys, weights.values, layout.slots[token], sizes.num_kv_heads,
-                    H, sizes.block_size);
+        write_token(row + heads, row + heads + kv, weights.keys, weights.values, layout.slots[token],
+                    sizes.num_kv_heads, H, sizes.block_size);
     });
     const Step attention = {scratch.qkv, row_size, scratch.attention, (int)sizes.num_heads, sizes.scale,
                             (int)weights.window};
@@ -896,8 +904,8 @@ int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_e
 
 // Runs layers on a step. All rows must be multiples of the lanes long. Without a head, `out` gets the hidden states of
 // all tokens, or of those that are wanted, [T or W, D]; with one, the logits of those that are wanted, [W, V], and
-// `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Of a step with a fault it returns that,
-// and does nothing.
+// `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Of a step with a fault it returns
+// that, and does nothing.
 int sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const Vocabulary* vocabulary,
                    const LayerStep* step, float* scratch_memory, float* out, int32_t* likeliest) {
     const int64_t D = sizes->hidden_size, V = vocabulary->size;
@@ -915,8 +923,8 @@ int sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes*
         std::vector<float> buffer(buffer_size(sizes->head_size));
         for (int layer = 0; layer < num_layers; layer++) {
             const bool some = step->wanted && layer == num_layers - 1;
-            run_layer(layers[layer], *sizes, *step, vocabulary->embedding, layout, some ? wanted_tasks : all_tasks, some,
-                      scratch, layer == 0, num_threads, &phases[layer * PHASES], buffer.data());
+            run_layer(layers[layer], *sizes, *step, vocabulary->embedding, layout, some ? wanted_tasks : all_tasks,
+                      some, scratch, layer == 0, num_threads, &phases[layer * PHASES], buffer.data());
         }
         float* hidden = step->wanted ? scratch.wanted : scratch.hidden;
         sum.share(num_rows, grain_of(num_rows, num_threads), [&](int64_t first, int64_t end) {

@@ -16,7 +16,7 @@ from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.logprobs import token_logprobs
 from rayserve_sarathi.execution.model_input import build_model_input, first_tokens, known_tokens
 from rayserve_sarathi.execution.sampler import NOT_FINITE, Sampled, Sampling, sample
-from rayserve_sarathi.kernels.layers import DenseLayers, StepArrays
+from rayserve_sarathi.kernels.layers import DenseStage, StepArrays
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import Int32Array, PromptLogprobsQuery, StepInput, StepOutput
@@ -100,7 +100,8 @@ class ModelRunner:
         self._newest: tuple[int, Tensor] | None = None
         """The last step that sampled, and its tokens, [S], where they are."""
         self.kv_caches = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
-        self._joined = decoder.join_layers(self.kv_caches)
+        """Key and value pool of each layer."""
+        self._joined = decoder.join(self.kv_caches)
         self._graphs: StepGraphs | None = None
         if graph_limits is not None:
             reason = refuse_graphs(decoder)
@@ -110,7 +111,7 @@ class ModelRunner:
                 _logger.info("no CUDA graphs, as %s", reason)
 
     @property
-    def joins_layers(self) -> bool:
+    def is_joined(self) -> bool:
         """Whether one kernel computes a whole step."""
         return self._whole is not None
 
@@ -126,11 +127,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def compute(self, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits:
-        """Compute the stage's part of a step, up to what the next stage needs, or `sample`.
+        """Compute the stage's part of a step: what the next stage needs, [T, D], or on the last one what `sample` does.
 
         Args:
             step: What to compute.
-            hidden: Output of the stage before, [T, D], on any device; None on the first stage.
+            hidden: Output of the stage before, [T, D], on the host or a GPU; None on the first stage.
         """
         whole = self._whole
         if whole is not None and self.is_last and not step.prompt_logprobs:
@@ -146,7 +147,7 @@ class ModelRunner:
 
         Args:
             step: What to compute.
-            hidden: Output of the stage before, [T, D], on any device; None on the first stage.
+            hidden: As in `compute`.
 
         Returns:
             Input of the stage after, [T, D]. On the last stage input of `logits`: of each request's last token,
@@ -211,7 +212,7 @@ class ModelRunner:
         return PendingOutput(step, sampling if self._is_chooser else None, made.prompt_logprobs)
 
     @property
-    def _whole(self) -> DenseLayers | None:
+    def _whole(self) -> DenseStage | None:
         # Whoever times attention has it computed by itself for a while.
         return self._joined if self._decoder.backend.is_in_layers else None
 

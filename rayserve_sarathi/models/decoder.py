@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.backend import AttentionBackend
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata
-from rayserve_sarathi.kernels.layers import DenseLayers, have_whole_vectors
+from rayserve_sarathi.kernels.layers import DenseStage, have_whole_vectors
 from rayserve_sarathi.models.config import DecoderConfig
 from rayserve_sarathi.models.layers import Layer
 from rayserve_sarathi.models.norm import RmsNorm, take_norm
@@ -116,7 +116,7 @@ class Decoder:
             )
         return hidden if addend is None else hidden + addend
 
-    def join_layers(self, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> DenseLayers | None:
+    def join(self, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> DenseStage | None:
         """Return what runs the whole stage in one kernel; None if there is none for such layers."""
         layers = [dense for layer in self._layers if (dense := layer.dense()) is not None]
         if not self.backend.is_in_layers or len(layers) < len(self._layers):
@@ -125,7 +125,7 @@ class Decoder:
             return None
         norm = self._norm if self.is_last else None
         assert norm is None or isinstance(norm, RmsNorm), "a decoder's norms are of one kind"
-        return DenseLayers(
+        return DenseStage(
             layers,
             kv_caches,
             embedding=self._embedding.weight if self.is_first else None,
@@ -137,7 +137,7 @@ class Decoder:
         )
 
     def angles(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of all positions, for `join_layers`; see `RotaryEmbedding.table`."""
+        """Return cosine and sine of the first positions, for `join`; see `RotaryEmbedding.table`."""
         return self._rotary.table(num_positions)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class RotaryEmbedding:
     def table(self, num_positions: int) -> tuple[Tensor, Tensor]:
         """Return cosine and sine at the first `num_positions` positions, or more, [positions, 1, H / 2] float32 each.
 
-        They are kept, and made anew, twice as many, when there are too few.
+        They are kept, and made anew, twice as many, when there are too few: 131,072 positions are 64 MB, which most
+        deployments of a long model never need, and take less time than a step with such a context.
         """
         if num_positions > len(self._table[0]):
             count = max(_MIN_TABLE, 2 ** (num_positions - 1).bit_length())

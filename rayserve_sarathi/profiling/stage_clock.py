@@ -29,11 +29,11 @@ class StepTimes:
     """Seconds of a step's parts; they are parts of what a `Stage` takes for it.
 
     Args:
-        prepare_s: Tensors out of the message.
-        embed_s: Tokens looked up.
+        prepare_s: Tensors out of the message; 0 where one kernel computes all layers, in which this then is.
+        embed_s: Tokens looked up; likewise.
         attention_s: Of all layers.
         layers_s: What else the layers take.
-        sample_s: Head and sampler.
+        sample_s: Head and sampler, by themselves, also where a stage has the head in that kernel.
     """
 
     prepare_s: float
@@ -143,7 +143,7 @@ class StageClock:
     def _time(self, step: StepInput) -> ClockTimes:
         assert self._backend is not None, "the decoder has asked for it"
         prepare_s = embed_s = 0.0
-        if not self._runner.joins_layers:  # else they are within `forward`, and take next to nothing there
+        if not self._runner.is_joined:  # else they are within `forward`, and take next to nothing there
             prepare_s, model_input = self._timed(
                 lambda: build_model_input(step, block_size=self.block_size, device=self._device)
             )

@@ -16,13 +16,16 @@ from rayserve_sarathi.kernels.attention.cpp import CppAttention
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
 from rayserve_sarathi.profiling.grid import make_step
+from rayserve_sarathi.request import SamplingParams
+from rayserve_sarathi.step import LogitBias, PendingTokens, StepInput, StepOutput, TokenHistory
 from tests.checkpoints import save_checkpoint
-from tests.stages import ANY_PROMPT_LOGPROBS
+from tests.stages import ANY_PROMPT_LOGPROBS, Chunk
+from tests.stages import make_step as packed
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler to build with")
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-FAMILIES = ["llama", "llama-biases", "mistral-window", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama-biases", "llama3-tied", "mistral-window", "qwen2", "qwen2-yarn", "qwen3"]
 STEPS = {
     "a decode": (1, ()),
     "decodes": (5, ()),
@@ -43,11 +46,17 @@ def load(folder: Path, family: str, *, stage: int = 0, num_stages: int = 1, is_a
     wrap = (lambda backend: Apart()) if is_apart else (lambda backend: backend)
     decoder = load_decoder(config, resolve_model(config), stage=stage, wrap_backend=wrap)
     runner = ModelRunner(decoder, num_blocks=24, block_size=16)
-    assert runner.joins_layers != is_apart
+    assert runner.is_joined != is_apart
     with torch.inference_mode():
         for pool in (cache for pair in runner.kv_caches for cache in pair):
             pool.normal_(generator=torch.Generator().manual_seed(1))
     return runner
+
+
+def run(runner: ModelRunner, step: StepInput) -> StepOutput:
+    made = runner.compute(step, None)
+    assert isinstance(made, StepLogits)
+    return runner.sample(step, made).wait()
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -114,29 +123,84 @@ def test_likeliest_tokens_of_logits_that_are_not_finite_are_none(tmp_path: Path)
     assert runner.sample(step, made).wait().errors == {1: NOT_FINITE}
 
 
+@pytest.mark.parametrize("is_random", [False, True])
+def test_biased_penalised_and_random_requests_get_the_same_tokens(tmp_path: Path, is_random: bool) -> None:
+    """Where none is random, the likeliest tokens are known, but biases and penalties make them others."""
+    sampling = [
+        SamplingParams(temperature=0, repetition_penalty=100.0),
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0, logprobs=2),
+        SamplingParams(temperature=float(is_random), seed=5),
+    ]
+    chunks = [Chunk(token_ids=[5 + i], block_ids=[i], sampling=each) for i, each in enumerate(sampling)]
+    step = packed(*chunks)
+    together, apart = (load(tmp_path, "llama", is_apart=is_apart) for is_apart in (False, True))
+    plain = run(together, step)
+    none = np.empty(0, dtype=np.int32)
+    history = TokenHistory(row=0, prompt_token_ids=plain.token_ids[:1], output_token_ids=none)
+    banned = {"token_ids": plain.token_ids[1:2], "values": np.array([-np.inf], dtype=np.float32)}
+    bias = LogitBias(rows=np.array([1], dtype=np.int32), **banned)
+    for fields in ({"histories": (history,)}, {"logit_bias": bias}, {"histories": (history,), "logit_bias": bias}):
+        ours, theirs = (run(runner, replace(step, **fields)) for runner in (together, apart))
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+        assert ours.logprobs.keys() == theirs.logprobs.keys() == {2}
+        assert (ours.token_ids[0] != plain.token_ids[0]) == ("histories" in fields)
+        assert (ours.token_ids[1] != plain.token_ids[1]) == ("logit_bias" in fields)
+
+
+def test_pending_tokens_are_those_of_the_step_before(tmp_path: Path) -> None:
+    greedy = SamplingParams(temperature=0)
+    runner = load(tmp_path, "llama")
+    before = packed(*(Chunk(token_ids=[block], block_ids=[block], sampling=greedy) for block in (7, 8)))
+    tokens = run(runner, before).token_ids.tolist()
+    assert tokens[0] != tokens[1]
+
+    def after(token_ids: list[int], pending: PendingTokens | None) -> StepInput:
+        """The requests of the step before in the other order."""
+        places = zip(token_ids, (8, 7), strict=True)
+        chunks = [Chunk(token_ids=[t], block_ids=[b], context_len=1, sampling=greedy) for t, b in places]
+        return packed(*chunks, step_id=before.step_id + 1, pending=pending)
+
+    pending = PendingTokens(positions=np.array([0, 1], dtype=np.int32), samples=np.array([1, 0], dtype=np.int32))
+    made = runner.compute(after([0, 0], pending), None)
+    known = runner.compute(after(tokens[::-1], None), None)
+
+    assert torch.equal(made.logits, known.logits)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"token_ids": [0, -1]}, "tokens"),
-        ({"token_ids": [0, 1_000_000]}, "tokens"),
-        ({"context_lens": [3, 40]}, r"blocks for \[4, 41\] tokens"),
+        ({"token_ids": [0, -1]}, "vocabulary of"),
+        ({"token_ids": [0, 1_000_000]}, "vocabulary of"),
+        ({"context_lens": [3, 40]}, r"do not fit .*'context_lens': \[3, 40\]"),
+        ({"context_lens": [3, -1]}, "do not fit"),
+        ({"query_lens": [1, 2]}, "do not fit"),
+        ({"query_lens": [2, 0]}, "do not fit"),
+        ({"block_tables": [0]}, "do not fit"),
+        ({"sample_requests": [0, 2]}, "do not fit"),
     ],
 )
 def test_a_step_that_would_be_read_beyond_its_end_is_refused(
     tmp_path: Path, fields: dict[str, list[int]], message: str
 ) -> None:
+    runner = load(tmp_path, "llama")
     step = make_step(num_decodes=2, decode_context=3, chunks=(), block_size=16, vocab_size=60)
     wrong = replace(step, **{name: np.array(values, dtype=np.int32) for name, values in fields.items()})
 
     with pytest.raises(IndexError, match=message):
-        load(tmp_path, "llama").compute(wrong, None)
+        runner.compute(wrong, None)
 
 
-@pytest.mark.parametrize(("family", "settings"), [("falcon-7b", {}), ("mixtral", {})])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("falcon-7b", {"hidden_size": 64, "num_attention_heads": 4}), ("mixtral", WIDE)],
+)
 def test_layers_of_another_kind_are_computed_one_by_one(tmp_path: Path, family: str, settings: dict[str, int]) -> None:
     save_checkpoint(tmp_path, family, **settings)
     config = EngineConfig(model=str(tmp_path), device="cpu")
 
     decoder = load_decoder(config, resolve_model(config), stage=0)
 
-    assert not ModelRunner(decoder, num_blocks=4, block_size=16).joins_layers
+    assert decoder.backend.is_in_layers
+    assert not ModelRunner(decoder, num_blocks=4, block_size=16).is_joined

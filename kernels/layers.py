@@ -254,9 +254,11 @@ class DenseStage:
 
 def have_whole_vectors(layers: Sequence[DenseLayer], *, head_size: int) -> bool:
     """Return whether `DenseStage` can compute them: all sizes are multiples of what its kernels do at once."""
-    lanes: int = load_library().sarathi_lanes()
-    sizes = (len(layers[0].input_norm), layers[0].up.num_outputs // 2, head_size)
-    return all(size % lanes == 0 for size in sizes)
+    library = load_library()
+    lanes: int = library.sarathi_lanes()
+    panel: int = library.sarathi_panel()
+    is_gated_whole = layers[0].up.num_outputs // 2 % panel == 0
+    return is_gated_whole and all(size % lanes == 0 for size in (len(layers[0].input_norm), head_size))
 
 
 def _weights_of(layer: DenseLayer, keys: Tensor, values: Tensor) -> _Weights:

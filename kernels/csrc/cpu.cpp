@@ -718,10 +718,11 @@ struct Layout {
     }
 };
 
-constexpr int PHASES = 9;  // of a layer: each begins when the one before is done
+constexpr int PHASES = 8;  // of a layer: each begins when the one before is done
+constexpr int64_t GATED_ROWS = 8 * TILE;
 
 struct Scratch {
-    float *hidden, *wanted, *x, *qkv, *attention, *delta, *up, *activated;
+    float *hidden, *wanted, *x, *qkv, *attention, *delta, *activated;
 
     Scratch(float* from, const LayerSizes& sizes, int64_t num_tokens) {
         const int64_t heads = sizes.num_heads * sizes.head_size, kv = sizes.num_kv_heads * sizes.head_size;
@@ -731,15 +732,33 @@ struct Scratch {
         delta = x + num_tokens * sizes.hidden_size;
         qkv = delta + num_tokens * sizes.hidden_size;
         attention = qkv + num_tokens * (heads + 2 * kv);
-        up = attention + num_tokens * heads;
-        activated = up + num_tokens * 2 * sizes.intermediate_size;
+        activated = attention + num_tokens * heads;
     }
 
     static int64_t size_each(const LayerSizes& sizes) {
         const int64_t heads = sizes.num_heads * sizes.head_size, kv = sizes.num_kv_heads * sizes.head_size;
-        return 4 * sizes.hidden_size + 2 * heads + 2 * kv + 3 * sizes.intermediate_size;
+        return 4 * sizes.hidden_size + 2 * heads + 2 * kv + sizes.intermediate_size;
     }
 };
+
+// activated = silu(gate) * up, PANEL of F outputs from `output` on, of all rows; `panels` has those of gate and those of
+// up one after the other. So many rows at a time that both are still in the L1 cache when SiLU reads them.
+void gate_panel(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, const float* bias,
+                int64_t output, int64_t F, float* activated, float* buffer) {
+    float start[2][PANEL] = {};
+    for (int half = 0; bias && half < 2; half++)
+        std::memcpy(start[half], bias + half * F + output, sizeof start[half]);
+    for (int64_t first = 0; first < num_rows; first += GATED_ROWS) {
+        const int64_t count = std::min(GATED_ROWS, num_rows - first);
+        for (int half = 0; half < 2; half++)
+            multiply_panel(x + first * num_inputs, count, num_inputs, panels + (half * F + output) * num_inputs,
+                           start[half], buffer + half * PANEL, 2 * PANEL);
+        for (int64_t i = 0; i < count; i++) {
+            const float* gate = buffer + i * 2 * PANEL;
+            silu_row(gate, gate + PANEL, activated + (first + i) * F + output, PANEL);
+        }
+    }
+}
 
 // Each of the threads calls this. With `some` it goes on with the wanted tokens alone, whose hidden states are then in
 // scratch.wanted, and `tasks` are of those.
@@ -793,10 +812,9 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
         norm_row(scratch.delta + i * D, hidden + token * D, weights.mlp_norm, scratch.x + i * D, out + i * D, D,
                  sizes.eps);
     });
-    multiply(scratch.x, num_rows, D, weights.up, 2 * F, weights.up_bias, scratch.up);
-    for_each(num_rows, [&](int64_t i) {
-        const float* gate = scratch.up + i * 2 * F;
-        silu_row(gate, gate + F, scratch.activated + i * F, F);
+    for_each(F / PANEL, [&](int64_t index) {
+        const int64_t output = index * PANEL;
+        gate_panel(scratch.x, num_rows, D, weights.up, weights.up_bias, output, F, scratch.activated, buffer);
     });
     multiply(scratch.activated, num_rows, F, weights.down, D, weights.down_bias, scratch.delta);
 }
@@ -902,7 +920,7 @@ void sarathi_draw(const float* logits, int64_t num_rows, int64_t vocab_size, con
 // Numbers of scratch that `sarathi_layers` needs for each token.
 int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_each(*sizes); }
 
-// Runs layers on a step. All rows must be multiples of the lanes long. Without a head, `out` gets the hidden states of
+// Runs layers on a step. All rows must be multiples of the lanes long, and F one of the panel. Without a head, `out` gets the hidden states of
 // all tokens, or of those that are wanted, [T or W, D]; with one, the logits of those that are wanted, [W, V], and
 // `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Of a step with a fault it returns
 // that, and does nothing.
@@ -920,7 +938,7 @@ int sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes*
 #pragma omp parallel
     {
         const int num_threads = omp_get_num_threads();
-        std::vector<float> buffer(buffer_size(sizes->head_size));
+        std::vector<float> buffer(std::max(buffer_size(sizes->head_size), GATED_ROWS * 2 * PANEL));
         for (int layer = 0; layer < num_layers; layer++) {
             const bool some = step->wanted && layer == num_layers - 1;
             run_layer(layers[layer], *sizes, *step, vocabulary->embedding, layout, some ? wanted_tasks : all_tasks,

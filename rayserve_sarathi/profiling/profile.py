@@ -1,7 +1,8 @@
 """Make a profile of the format of `simulation.profile_files` from measured steps, and check it with others.
 
 A stage is not taken apart below its attention: what else its layers take is shared out to the four matrix products by
-their FLOPs, and norms, rotary embedding, activation and additions, whose time is in that, have none of their own.
+their FLOPs, and norms, rotary embedding, activation and additions, whose time is in that, have none of their own, nor
+has what comes before the layers where one kernel computes a whole step.
 Chunks are measured on a stage that has all L layers, the last of which goes on with the last token alone; so a stage
 before the last one of a pipeline takes up to 1 / L longer for a chunk than its profile says.
 """

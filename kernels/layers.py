@@ -8,7 +8,7 @@ query and K KV heads; H head size; P blocks in the pool; S tokens per block.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -116,6 +116,7 @@ class DenseStage:
         norm: The one before the head, [D]; None before the last stage.
         head: To V or more outputs; None likewise.
         vocab_size: V.
+        angles: Returns cosine and sine of the angles of so many positions, or more, [positions, 1, H / 2] float32 each.
         num_heads: N.
         eps: Of the norms.
     """
@@ -129,6 +130,7 @@ class DenseStage:
         norm: Tensor | None,
         head: Linear | None,
         vocab_size: int,
+        angles: Callable[[int], tuple[Tensor, Tensor]],
         num_heads: int,
         eps: float,
     ) -> None:
@@ -138,6 +140,7 @@ class DenseStage:
         _, num_kv_heads, block_size, head_size = kv_caches[0][0].shape
         self._hidden_size = len(layers[0].input_norm)
         self._vocab_size = vocab_size
+        self._angles = angles
         self._sizes = _Sizes(
             hidden_size=self._hidden_size,
             intermediate_size=layers[0].up.num_outputs // 2,
@@ -161,14 +164,12 @@ class DenseStage:
         self._scratch_each: int = library.sarathi_layers_scratch(ctypes.byref(self._sizes))
         self._scratch = torch.empty(0)
 
-    def hidden(self, step: StepArrays, hidden: Tensor | None, cos: Tensor, sin: Tensor, *, last_only: bool) -> Tensor:
+    def hidden(self, step: StepArrays, hidden: Tensor | None, *, last_only: bool) -> Tensor:
         """Compute all layers.
 
         Args:
             step: What to compute.
             hidden: Of the stage before, [T, D] float32; None for the embedding of the tokens.
-            cos: Of the angles of all positions up to the last one of the step, [positions, 1, H / 2] float32.
-            sin: Likewise.
             last_only: Whether the last layer is to go on with what is wanted alone.
 
         Returns:
@@ -178,10 +179,10 @@ class DenseStage:
             IndexError: A token is not in the vocabulary, or the arrays' lengths do not fit each other.
         """
         out = torch.empty((len(step.wanted) if last_only else len(step.token_ids), self._hidden_size))
-        self._compute(self._without_head, step, hidden, (cos, sin), last_only=last_only, out=out, likeliest=None)
+        self._compute(self._without_head, step, hidden, last_only=last_only, out=out, likeliest=None)
         return out
 
-    def logits(self, step: StepArrays, hidden: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Int32Array]:
+    def logits(self, step: StepArrays, hidden: Tensor | None) -> tuple[Tensor, Int32Array]:
         """Compute all layers, norm and head, where there is one; see `hidden`.
 
         Returns:
@@ -191,7 +192,7 @@ class DenseStage:
         assert self._with_head is not None, "it is not the last stage"
         out = torch.empty((len(step.wanted), self._vocab_size))
         likeliest = np.empty(len(step.wanted), dtype=np.int32)
-        self._compute(self._with_head, step, hidden, (cos, sin), last_only=True, out=out, likeliest=likeliest)
+        self._compute(self._with_head, step, hidden, last_only=True, out=out, likeliest=likeliest)
         return out, likeliest
 
     def _compute(
@@ -199,7 +200,6 @@ class DenseStage:
         vocabulary: _Vocabulary,
         step: StepArrays,
         hidden: Tensor | None,
-        angles: tuple[Tensor, Tensor],
         *,
         last_only: bool,
         out: Tensor,
@@ -215,6 +215,7 @@ class DenseStage:
         if self._scratch.numel() < num_scratch:
             # Kept: memory that is new in each step is mapped anew, which takes longer than a decode.
             self._scratch = torch.empty(num_scratch)
+        cos, sin = self._angles(int((step.context_lens + step.query_lens).max()))
         packed = np.concatenate(step, dtype=np.int32)
         *starts, _ = accumulate((4 * len(array) for array in step), initial=packed.ctypes.data)
         token_ids, query_lens, context_lens, num_blocks, wanted, block_tables = starts
@@ -232,8 +233,8 @@ class DenseStage:
                     wanted=wanted if last_only else None,
                     block_tables=block_tables,
                     hidden=None if hidden is None else hidden.data_ptr(),
-                    cos=angles[0].data_ptr(),
-                    sin=angles[1].data_ptr(),
+                    cos=cos.data_ptr(),
+                    sin=sin.data_ptr(),
                     num_tokens=len(step.token_ids),
                     num_requests=len(step.query_lens),
                     num_wanted=len(step.wanted),

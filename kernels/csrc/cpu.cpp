@@ -920,10 +920,10 @@ void sarathi_draw(const float* logits, int64_t num_rows, int64_t vocab_size, con
 // Numbers of scratch that `sarathi_layers` needs for each token.
 int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_each(*sizes); }
 
-// Runs layers on a step. All rows must be multiples of the lanes long, and F one of the panel. Without a head, `out` gets the hidden states of
-// all tokens, or of those that are wanted, [T or W, D]; with one, the logits of those that are wanted, [W, V], and
-// `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Of a step with a fault it returns
-// that, and does nothing.
+// Runs layers on a step. All rows must be multiples of the lanes long, and F one of the panel. Without a head, `out`
+// gets the hidden states of all tokens, or of those that are wanted, [T or W, D]; with one, the logits of those that
+// are wanted, [W, V], and `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Of a step with
+// a fault it returns that, and does nothing.
 int sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const Vocabulary* vocabulary,
                    const LayerStep* step, float* scratch_memory, float* out, int32_t* likeliest) {
     const int64_t D = sizes->hidden_size, V = vocabulary->size;

@@ -135,8 +135,7 @@ class ModelRunner:
         """
         whole = self._whole
         if whole is not None and self.is_last and not step.prompt_logprobs:
-            cos, sin = self._angles(step)
-            logits, likeliest = whole.logits(self._arrays(step, step.sample_requests), hidden, cos, sin)
+            logits, likeliest = whole.logits(self._arrays(step, step.sample_requests), hidden)
             return StepLogits(logits=logits if len(logits) else None, likeliest=likeliest, prompt_logprobs={})
         hidden = self.forward(step, hidden)
         return self.logits(step, hidden) if self.is_last else hidden
@@ -165,8 +164,7 @@ class ModelRunner:
             return out
         if (whole := self._whole) is not None:
             everyone = np.arange(len(step.query_lens), dtype=np.int32)
-            cos, sin = self._angles(step)
-            return whole.hidden(self._arrays(step, everyone), hidden, cos, sin, last_only=last_only)
+            return whole.hidden(self._arrays(step, everyone), hidden, last_only=last_only)
         model_input = build_model_input(step, block_size=self._block_size, device=decoder.device, sampled=sampled)
         if hidden is None:
             hidden = decoder.embed(model_input.token_ids)
@@ -226,9 +224,6 @@ class ModelRunner:
             wanted=wanted,
             block_tables=step.block_tables,
         )
-
-    def _angles(self, step: StepInput) -> tuple[Tensor, Tensor]:
-        return self._decoder.angles(int((step.context_lens + step.query_lens).max()))
 
     def _sampled_before(self, step: StepInput) -> Tensor | None:
         """Return the tokens of the step before, None if it failed."""

@@ -132,13 +132,10 @@ class Decoder:
             norm=None if norm is None else norm.weight,
             head=self._head.linear if self.is_last else None,
             vocab_size=self.config.vocab_size,
+            angles=self._rotary.table,
             num_heads=len(self.shard.heads),
             eps=self.config.norm_eps,
         )
-
-    def angles(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of the first positions, for `join`; see `RotaryEmbedding.table`."""
-        return self._rotary.table(num_positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits, [n, V] float32, of hidden states of the last layer, [n, D]. Last stage only."""

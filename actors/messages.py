@@ -1,6 +1,8 @@
 """What an ingress and a scheduler say to each other."""
 
+import pickle
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rayserve_sarathi.errors import SarathiError
@@ -41,3 +43,11 @@ class OutputBatch:
     outputs: list[RequestOutput]
     num_waiting: int
     """Requests that wait at this scheduler, of all ingresses."""
+
+    def __reduce__(self) -> tuple[Callable[[bytes, int], "OutputBatch"], tuple[bytes, int]]:
+        """Pickle the outputs as plain tuples, in C: Ray's pickler calls Python for each object of a class."""
+        return _unpickle_batch, (pickle.dumps([tuple(output) for output in self.outputs]), self.num_waiting)
+
+
+def _unpickle_batch(outputs: bytes, num_waiting: int) -> OutputBatch:
+    return OutputBatch(outputs=[RequestOutput(*fields) for fields in pickle.loads(outputs)], num_waiting=num_waiting)

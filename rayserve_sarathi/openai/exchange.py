@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
@@ -106,28 +106,33 @@ def _check_kind(headers: Mapping[str, str]) -> None:
         raise HttpError.unsupported_media_type("the body must not be compressed; leave content-encoding out")
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Do `work`, but cancel it as soon as the client closes its connection.
+async def until_disconnect(
+    receive: Receive, work: Coroutine[Any, Any, _Result], *watches: Coroutine[Any, Any, NoReturn]
+) -> _Result:
+    """Do `work`, but cancel it as soon as the client closes its connection, or a watch raises.
 
     Raises:
         ClientGoneError: The client did.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnect(receive))
+    watching = [asyncio.ensure_future(watch) for watch in (_disconnect(receive), *watches)]
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError("before its answer was complete")
+        await asyncio.wait((working, *watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            for watch in watching:
+                if watch.done():
+                    watch.result()  # raises
+        return working.result()
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        for task in (working, *watching):
+            task.cancel()
+        await asyncio.gather(working, *watching, return_exceptions=True)
 
 
-async def _disconnect(receive: Receive) -> None:
+async def _disconnect(receive: Receive) -> NoReturn:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ClientGoneError("before its answer was complete")
 
 
 def encode_event(value: JsonObject) -> bytes:
@@ -161,25 +166,30 @@ class EventStream(Response):
         self._until_s = until_s
         self._message = message
         self._send_timeout_s = send_timeout_s
+        self._send_begin_s = math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request."""
-        await until_disconnect(receive, self._send_all(send))
+        await until_disconnect(receive, self._send_all(send), self._watch_sends())
 
     async def _send_all(self, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
         async with aclosing(self._chunks) as chunks, time_limit(self._until_s, self._message):
-            first = await anext(chunks)
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await self._send_event(send, encode_event(first))
+            has_started = False
             async for chunk in chunks:
-                await self._send_event(send, encode_event(chunk))
+                if not has_started:
+                    has_started = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                self._send_begin_s = clock()
+                await send({"type": "http.response.body", "body": encode_event(chunk), "more_body": True})
+                self._send_begin_s = math.inf
             await send({"type": "http.response.body", "body": _DONE})
 
-    async def _send_event(self, send: Send, event: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._send_timeout_s) as limit:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        except TimeoutError:
-            if limit.expired():
-                raise ClientGoneError(f"it has read nothing for {self._send_timeout_s:g} s") from None
-            raise
+    async def _watch_sends(self) -> NoReturn:
+        """Raise ClientGoneError when a send has not ended for long: one timer a stream, as one an event is dear."""
+        clock = asyncio.get_running_loop().time
+        left_s = self._send_timeout_s
+        while left_s > 0:
+            await asyncio.sleep(left_s)
+            left_s = self._send_timeout_s - max(clock() - self._send_begin_s, 0.0)
+        raise ClientGoneError(f"it has read nothing for {self._send_timeout_s:g} s")

@@ -1,10 +1,8 @@
 """JSON as it goes out."""
 
-import json
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+from pydantic_core import to_json
 
 
 def encode_json(value: object) -> bytes:
-    """Return the JSON of plain Python objects; half a surrogate pair, which UTF-8 cannot hold, becomes `?`."""
-    return _encode(value).encode(errors="replace")
+    """Return the JSON of plain Python objects; a number that JSON does not know becomes null."""
+    return to_json(value, inf_nan_mode="null")

@@ -159,6 +159,24 @@ async def test_a_client_that_reads_nothing_for_long_is_gone():
     assert closed.is_set()
 
 
+async def test_a_client_that_reads_slowly_is_not_gone():
+    async def chunks():
+        for _ in range(8):
+            yield {"choices": []}
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        await asyncio.sleep(0.1)
+        sent.append(message)
+
+    sent = []
+    stream = EventStream(chunks(), until_s=math.inf, message="late", send_timeout_s=0.3)
+    await stream({"type": "http"}, receive, send)
+    assert len(sent) == 10
+
+
 async def test_the_clients_deadline_holds_for_the_body_too(make_api):
     async def receive():
         await asyncio.Event().wait()

@@ -2,7 +2,6 @@
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from rayserve_sarathi.actors.messages import Submission
@@ -100,12 +99,9 @@ class OpenRequest:
             self._waits_since_s = now_s
         return self._waits_since_s
 
-    async def read(self) -> AsyncIterator[RequestOutput]:
-        """Yield the outputs up to the one with a finish reason; raise what `fail` was given."""
-        while True:
-            output = await self._outputs.get()
-            if isinstance(output, SarathiError):
-                raise output
-            yield output
-            if output.finish_reason is not None:
-                return
+    async def next_output(self) -> RequestOutput:
+        """Return the next output, once there is one; raises what `fail` was given."""
+        output = await self._outputs.get()
+        if isinstance(output, SarathiError):
+            raise output
+        return output

@@ -126,7 +126,8 @@ class RemoteEngine:
         self._requests[request_id] = request
         self._dispatch(request)
         try:
-            async for output in request.read():
+            while not request.is_closed:
+                output = await request.next_output()
                 if output.finish_reason is not None:
                     self._close(request)
                 yield output

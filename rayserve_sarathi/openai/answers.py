@@ -5,7 +5,7 @@ Plain dictionaries: a chunk is made for every token, where a pydantic model woul
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import chain
@@ -27,10 +27,10 @@ class ChoiceFormat(Protocol):
     object_name: str
     chunk_object_name: str
 
-    def choice(self, index: int, delta: ChoiceDelta) -> JsonObject:
+    def choice(self, delta: ChoiceDelta) -> JsonObject:
         """Return a whole choice."""
 
-    def chunk_choice(self, index: int, delta: ChoiceDelta, *, is_first: bool) -> JsonObject:
+    def chunk_choice(self, delta: ChoiceDelta, *, is_first: bool) -> JsonObject:
         """Return what is new in a choice."""
 
 
@@ -57,11 +57,11 @@ class _Usage:
         self._num_choices_per_prompt = len(plan.choices) // len(plan.prompts)
         self._num_cached_tokens = [0] * len(plan.prompts)
 
-    def add(self, index: int, delta: ChoiceDelta) -> None:
+    def add(self, delta: ChoiceDelta) -> None:
         self._num_completion_tokens += delta.num_tokens
         # All choices of a prompt read the same tokens, which are counted once.
-        if index % self._num_choices_per_prompt == 0 and delta.num_cached_tokens:
-            self._num_cached_tokens[index // self._num_choices_per_prompt] = delta.num_cached_tokens
+        if delta.num_cached_tokens and delta.choice_index % self._num_choices_per_prompt == 0:
+            self._num_cached_tokens[delta.choice_index // self._num_choices_per_prompt] = delta.num_cached_tokens
 
     def to_json(self) -> JsonObject:
         return {
@@ -72,8 +72,8 @@ class _Usage:
         }
 
 
-def _run(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) -> AsyncGenerator[tuple[int, ChoiceDelta]]:
-    return merge([generate_choice(engine, tokenizer, choice) for choice in plan.choices])
+def _run(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) -> AsyncGenerator[ChoiceDelta]:
+    return merge([generate_choice(engine, tokenizer, choice, index=index) for index, choice in enumerate(plan.choices)])
 
 
 async def answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) -> JsonObject:
@@ -81,15 +81,13 @@ async def answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) -> Json
     usage = _Usage(plan)
     collected: list[list[ChoiceDelta]] = [[] for _ in plan.choices]
     async with aclosing(_run(engine, tokenizer, plan)) as deltas:
-        async for index, delta in deltas:
-            usage.add(index, delta)
-            collected[index].append(delta)
+        async for delta in deltas:
+            usage.add(delta)
+            collected[delta.choice_index].append(delta)
     joined = [_join(deltas) for deltas in collected]
     # An echo of a batch (lm-eval) holds the log-probabilities of ten thousands of tokens.
     num_logprobs = sum(len(delta.logprobs) + len(delta.prompt_logprobs) for delta in joined)
-    choices = await off_loop(
-        num_logprobs, lambda: [plan.choice_format.choice(index, delta) for index, delta in enumerate(joined)]
-    )
+    choices = await off_loop(num_logprobs, lambda: [plan.choice_format.choice(delta) for delta in joined])
     return {
         "id": plan.answer_id,
         "object": plan.choice_format.object_name,
@@ -100,8 +98,14 @@ async def answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) -> Json
     }
 
 
-async def stream_answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) -> AsyncGenerator[JsonObject]:
-    """Yield the chunks of the answer as tokens come; whoever takes longer than `tbt_s` for one is a slow reader."""
+async def stream_answer(
+    engine: EngineClient, tokenizer: Tokenizer, make_plan: Callable[[], Awaitable[Plan]]
+) -> AsyncGenerator[JsonObject]:
+    """Yield the chunks of the answer as tokens come; whoever takes longer than `tbt_s` for one is a slow reader.
+
+    Each generator between the engine and a client costs every token a microsecond, so that planning is done in here.
+    """
+    plan = await make_plan()
     usage = _Usage(plan)
     clock = asyncio.get_running_loop().time
     slow_s = math.inf if engine.tbt_s is None else engine.tbt_s
@@ -117,8 +121,9 @@ async def stream_answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) 
     tail: JsonObject = {"usage": None} if has_usage else {}
     started: set[int] = set()
     async with aclosing(_run(engine, tokenizer, plan)) as deltas:
-        async for index, delta in deltas:
-            usage.add(index, delta)
+        async for delta in deltas:
+            index = delta.choice_index
+            usage.add(delta)
             num_tokens[index] += delta.num_tokens
             is_first = index not in started
             # Nothing to see, as for part of a character; but the first token always shows that the choice began.
@@ -128,7 +133,7 @@ async def stream_answer(engine: EngineClient, tokenizer: Tokenizer, plan: Plan) 
             if has_continuous_usage:
                 tail = {"usage": usage.to_json()}
             begin_s = clock()
-            yield {**head, "choices": [plan.choice_format.chunk_choice(index, delta, is_first=is_first)], **tail}
+            yield {**head, "choices": [plan.choice_format.chunk_choice(delta, is_first=is_first)], **tail}
             held_s = clock() - begin_s
             if held_s > slow_s:
                 gap = LateGap(num_tokens[index] - 1, held_s, "slow_reader", culprit=None)

@@ -21,19 +21,19 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._has_logprobs = has_logprobs
 
-    def choice(self, index: int, delta: ChoiceDelta) -> JsonObject:
+    def choice(self, delta: ChoiceDelta) -> JsonObject:
         """See `ChoiceFormat`."""
-        return self._choice(index, delta, "message", {"role": "assistant", "content": delta.text, "refusal": None})
+        return self._choice(delta, "message", {"role": "assistant", "content": delta.text, "refusal": None})
 
-    def chunk_choice(self, index: int, delta: ChoiceDelta, *, is_first: bool) -> JsonObject:
+    def chunk_choice(self, delta: ChoiceDelta, *, is_first: bool) -> JsonObject:
         """See `ChoiceFormat`."""
         content: JsonObject = {"content": delta.text}
         # The role comes with the first text instead of before it: one event less before the first token is seen.
-        return self._choice(index, delta, "delta", {"role": "assistant", **content} if is_first else content)
+        return self._choice(delta, "delta", {"role": "assistant", **content} if is_first else content)
 
-    def _choice(self, index: int, delta: ChoiceDelta, name: str, content: JsonObject) -> JsonObject:
+    def _choice(self, delta: ChoiceDelta, name: str, content: JsonObject) -> JsonObject:
         return {
-            "index": index,
+            "index": delta.choice_index,
             name: content,
             "logprobs": chat_logprobs(self._tokenizer, delta.logprobs) if self._has_logprobs else None,
             "finish_reason": delta.finish_reason,

@@ -39,24 +39,24 @@ class CompletionFormat:
         self._echoes = echoes
         self._has_logprobs = has_logprobs
 
-    def choice(self, index: int, delta: ChoiceDelta) -> JsonObject:
+    def choice(self, delta: ChoiceDelta) -> JsonObject:
         """See `ChoiceFormat`."""
-        return self.chunk_choice(index, delta, is_first=True)
+        return self.chunk_choice(delta, is_first=True)
 
-    def chunk_choice(self, index: int, delta: ChoiceDelta, *, is_first: bool) -> JsonObject:
+    def chunk_choice(self, delta: ChoiceDelta, *, is_first: bool) -> JsonObject:
         """See `ChoiceFormat`."""
-        echo = "" if self._echoes is None else self._echoes[index // self._num_choices_per_prompt]
+        echo = "" if self._echoes is None else self._echoes[delta.choice_index // self._num_choices_per_prompt]
         return {
-            "index": index,
+            "index": delta.choice_index,
             "text": echo + delta.text if is_first else delta.text,
-            "logprobs": self._logprobs(index, delta, echo, is_first=is_first) if self._has_logprobs else None,
+            "logprobs": self._logprobs(delta, echo, is_first=is_first) if self._has_logprobs else None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
 
-    def _logprobs(self, index: int, delta: ChoiceDelta, echo: str, *, is_first: bool) -> JsonObject:
+    def _logprobs(self, delta: ChoiceDelta, echo: str, *, is_first: bool) -> JsonObject:
         is_echoed = is_first and self._echoes is not None
-        prompt = self._prompts[index // self._num_choices_per_prompt]
+        prompt = self._prompts[delta.choice_index // self._num_choices_per_prompt]
         return completion_logprobs(
             self._tokenizer,
             delta.logprobs,

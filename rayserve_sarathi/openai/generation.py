@@ -42,6 +42,7 @@ class PlacedLogprobs(NamedTuple):
 class ChoiceDelta(NamedTuple):
     """What is new in one output."""
 
+    choice_index: int
     text: str
     num_tokens: int
     num_cached_tokens: int = 0
@@ -52,13 +53,15 @@ class ChoiceDelta(NamedTuple):
     """The stop string or stop token id that ended it, if one did."""
 
 
-async def generate_choice(engine: EngineClient, tokenizer: Tokenizer, choice: Choice) -> AsyncGenerator[ChoiceDelta]:
-    """Yield the deltas of one choice; the last has a finish reason.
+async def generate_choice(
+    engine: EngineClient, tokenizer: Tokenizer, choice: Choice, *, index: int = 0
+) -> AsyncGenerator[ChoiceDelta]:
+    """Yield the deltas of one choice, the `index`-th of its request; the last has a finish reason.
 
     Raises:
         EngineFailureError: The engine gave up on it.
     """
-    text = _ChoiceText(tokenizer, choice)
+    text = _ChoiceText(tokenizer, choice, index=index)
     generated = engine.generate(
         choice.request_id, choice.prompt_token_ids, choice.sampling, cache_salt=choice.cache_salt
     )
@@ -81,7 +84,8 @@ async def generate_choice(engine: EngineClient, tokenizer: Tokenizer, choice: Ch
 class _ChoiceText:
     """Turns the engine's outputs of one choice into deltas."""
 
-    def __init__(self, tokenizer: Tokenizer, choice: Choice) -> None:
+    def __init__(self, tokenizer: Tokenizer, choice: Choice, *, index: int) -> None:
+        self._index = index
         self._request_id = choice.request_id
         self._text = OutputText(
             tokenizer.detokenizer(skip_special_tokens=choice.skip_special_tokens),
@@ -120,6 +124,7 @@ class _ChoiceText:
         if self._text.matched_stop is not None:
             finish_reason, stop_reason = FinishReason.STOP, self._text.matched_stop
         return ChoiceDelta(
+            choice_index=self._index,
             text="".join(parts),
             num_tokens=num_tokens,
             num_cached_tokens=output.num_cached_tokens,
@@ -139,16 +144,15 @@ class _ChoiceText:
         return tuple(released)
 
 
-async def merge(streams: Sequence[AsyncGenerator[_Item]]) -> AsyncGenerator[tuple[int, _Item]]:
-    """Yield (index of the stream, item) from all streams as items come; closing it closes all of them."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield 0, item
-        return
+def merge(streams: Sequence[AsyncGenerator[_Item]]) -> AsyncGenerator[_Item]:
+    """Return a stream of the items of all streams as they come; closing it closes all of them."""
+    return streams[0] if len(streams) == 1 else _merge(streams)
+
+
+async def _merge(streams: Sequence[AsyncGenerator[_Item]]) -> AsyncGenerator[_Item]:
     # Without a limit: whatever a slow reader leaves here would otherwise wait in the engine's client.
-    queue: asyncio.Queue[tuple[int, _Item] | asyncio.Task[None]] = asyncio.Queue()
-    tasks = [asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(streams)]
+    queue: asyncio.Queue[_Item | asyncio.Task[None]] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     for task in tasks:
         task.add_done_callback(queue.put_nowait)
     try:
@@ -166,9 +170,7 @@ async def merge(streams: Sequence[AsyncGenerator[_Item]]) -> AsyncGenerator[tupl
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(
-    index: int, stream: AsyncGenerator[_Item], queue: "asyncio.Queue[tuple[int, _Item] | asyncio.Task[None]]"
-) -> None:
+async def _pump(stream: AsyncGenerator[_Item], queue: "asyncio.Queue[_Item | asyncio.Task[None]]") -> None:
     async with aclosing(stream) as items:
         async for item in items:
-            queue.put_nowait((index, item))
+            queue.put_nowait(item)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from functools import partial
 
 from rayserve_sarathi.config import IngressConfig
 from rayserve_sarathi.errors import InvalidRequestError
@@ -63,26 +63,20 @@ class OpenAIService:
         _refuse_stream(body)
         return await answer(self.engine, self._tokenizer, await self._plan_completion(body, tenant))
 
-    async def stream_completions(self, body: Mapping[str, object], *, tenant: str = "") -> AsyncGenerator[JsonObject]:
+    def stream_completions(self, body: Mapping[str, object], *, tenant: str = "") -> AsyncGenerator[JsonObject]:
         """Yield the chunks of the answer to a body of `/v1/completions`; raises what `completions` does."""
-        plan = await self._plan_completion({**body, "stream": True}, tenant)
-        async with aclosing(stream_answer(self.engine, self._tokenizer, plan)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        make_plan = partial(self._plan_completion, {**body, "stream": True}, tenant)
+        return stream_answer(self.engine, self._tokenizer, make_plan)
 
     async def chat_completions(self, body: Mapping[str, object], *, tenant: str = "") -> JsonObject:
         """Return the answer to a body of `/v1/chat/completions`; raises what `completions` does."""
         _refuse_stream(body)
         return await answer(self.engine, self._tokenizer, await self._plan_chat(body, tenant))
 
-    async def stream_chat_completions(
-        self, body: Mapping[str, object], *, tenant: str = ""
-    ) -> AsyncGenerator[JsonObject]:
+    def stream_chat_completions(self, body: Mapping[str, object], *, tenant: str = "") -> AsyncGenerator[JsonObject]:
         """Yield the chunks of the answer to a body of `/v1/chat/completions`; raises what `completions` does."""
-        plan = await self._plan_chat({**body, "stream": True}, tenant)
-        async with aclosing(stream_answer(self.engine, self._tokenizer, plan)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        make_plan = partial(self._plan_chat, {**body, "stream": True}, tenant)
+        return stream_answer(self.engine, self._tokenizer, make_plan)
 
     async def tokenize(self, body: Mapping[str, object]) -> JsonObject:
         """Return the tokens of a text (`prompt`) or of a chat (`messages`)."""

@@ -64,11 +64,11 @@ async def test_an_incomplete_character_at_the_end_is_replaced(tokenizer):
     assert delta.text == "a\ufffd"
 
 
-async def count_to(number, closed, *, fails=False):
+async def count_to(number, closed, *, name="", fails=False):
     try:
         for place in range(number):
             await asyncio.sleep(0)
-            yield place
+            yield name, place
         if fails:
             raise RuntimeError("broken")
     finally:
@@ -78,10 +78,11 @@ async def count_to(number, closed, *, fails=False):
 @pytest.mark.parametrize("lengths", [(3,), (0, 3), (2, 5, 1)])
 async def test_a_merge_has_every_item_of_every_stream_in_its_order(lengths):
     closed = []
-    items = [item async for item in merge([count_to(length, closed) for length in lengths])]
+    streams = [count_to(length, closed, name=index) for index, length in enumerate(lengths)]
+    items = [item async for item in merge(streams)]
 
     for index, length in enumerate(lengths):
-        assert [item for place, item in items if place == index] == list(range(length))
+        assert [item for name, item in items if name == index] == list(range(length))
     assert sorted(closed) == sorted(lengths)
 
 

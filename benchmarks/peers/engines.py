@@ -90,7 +90,7 @@ def our_settings(model: str, *, is_interfered: bool) -> dict[str, object]:
     }
     if is_interfered:
         # About what a step of eight decodes and a tile of a prompt takes on two cores.
-        settings["slo"] = {"tbt_s": {"15m": 0.025, "125m": 0.25}[model]}
+        settings["slo"] = {"tbt_s": {"15m": 0.025, "125m": 0.2}[model]}
         settings["scheduler"] = {"max_num_seqs": 64, "token_budget": "auto", "max_num_batched_tokens": 2048}
     return settings
 

@@ -3,13 +3,13 @@
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from rayserve_sarathi.openai.answers import JsonObject
 from rayserve_sarathi.openai.errors import ClientGoneError, DeadlineError, HttpError
@@ -109,20 +109,16 @@ def _check_kind(headers: Mapping[str, str]) -> None:
 async def until_disconnect(
     receive: Receive, work: Coroutine[Any, Any, _Result], *watches: Coroutine[Any, Any, NoReturn]
 ) -> _Result:
-    """Do `work`, but cancel it as soon as the client closes its connection, or a watch raises.
+    """Do `work`, but cancel it as soon as the client closes its connection, or one of `watches` raises.
 
     Raises:
-        ClientGoneError: The client did.
+        ClientGoneError: The client did, or a watch says so.
     """
     working = asyncio.ensure_future(work)
     watching = [asyncio.ensure_future(watch) for watch in (_disconnect(receive), *watches)]
     try:
-        await asyncio.wait((working, *watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            for watch in watching:
-                if watch.done():
-                    watch.result()  # raises
-        return working.result()
+        done, _ = await asyncio.wait((working, *watching), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working in done else done.pop().result()
     finally:
         for task in (working, *watching):
             task.cancel()
@@ -130,8 +126,9 @@ async def until_disconnect(
 
 
 async def _disconnect(receive: Receive) -> NoReturn:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    with suppress(Exception):  # a server that cannot tell has lost the client too
+        while (await receive())["type"] != "http.disconnect":
+            self._send_begin_s = math.inf
     raise ClientGoneError("before its answer was complete")
 
 
@@ -174,22 +171,27 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         clock = asyncio.get_running_loop().time
+
+        async def send_watched(message: Message) -> None:
+            self._send_begin_s = clock()
+            await send(message)
+            self._send_begin_s = math.inf
+
+        has_started = False
         async with aclosing(self._chunks) as chunks, time_limit(self._until_s, self._message):
-            has_started = False
             async for chunk in chunks:
                 if not has_started:
                     has_started = True
-                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                self._send_begin_s = clock()
-                await send({"type": "http.response.body", "body": encode_event(chunk), "more_body": True})
-                self._send_begin_s = math.inf
-            await send({"type": "http.response.body", "body": _DONE})
+                    status, headers = self.status_code, self.raw_headers
+                    await send_watched({"type": "http.response.start", "status": status, "headers": headers})
+                await send_watched({"type": "http.response.body", "body": encode_event(chunk), "more_body": True})
+            await send_watched({"type": "http.response.body", "body": _DONE})
 
     async def _watch_sends(self) -> NoReturn:
-        """Raise ClientGoneError when a send has not ended for long: one timer a stream, as one an event is dear."""
+        """Raise ClientGoneError when a send has not ended for long. A timer for each event would cost more than it."""
         clock = asyncio.get_running_loop().time
         left_s = self._send_timeout_s
         while left_s > 0:
             await asyncio.sleep(left_s)
-            left_s = self._send_timeout_s - max(clock() - self._send_begin_s, 0.0)
+            left_s = self._send_timeout_s + min(self._send_begin_s - clock(), 0.0)
         raise ClientGoneError(f"it has read nothing for {self._send_timeout_s:g} s")

@@ -64,7 +64,7 @@ class OpenAIService:
         return await answer(self.engine, self._tokenizer, await self._plan_completion(body, tenant))
 
     def stream_completions(self, body: Mapping[str, object], *, tenant: str = "") -> AsyncGenerator[JsonObject]:
-        """Yield the chunks of the answer to a body of `/v1/completions`; raises what `completions` does."""
+        """Stream the chunks of the answer to a body of `/v1/completions`; raises what `completions` does."""
         make_plan = partial(self._plan_completion, {**body, "stream": True}, tenant)
         return stream_answer(self.engine, self._tokenizer, make_plan)
 
@@ -74,7 +74,7 @@ class OpenAIService:
         return await answer(self.engine, self._tokenizer, await self._plan_chat(body, tenant))
 
     def stream_chat_completions(self, body: Mapping[str, object], *, tenant: str = "") -> AsyncGenerator[JsonObject]:
-        """Yield the chunks of the answer to a body of `/v1/chat/completions`; raises what `completions` does."""
+        """Stream the chunks of the answer to a body of `/v1/chat/completions`; raises what `completions` does."""
         make_plan = partial(self._plan_chat, {**body, "stream": True}, tenant)
         return stream_answer(self.engine, self._tokenizer, make_plan)
 

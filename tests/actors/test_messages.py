@@ -21,4 +21,5 @@ def test_a_batch_of_outputs_comes_back_from_ray_as_it_was():
 
     assert received == batch
     assert [type(output) for output in received.outputs] == [RequestOutput] * 3
+    assert type(received.outputs[0].logprobs[0]) is TokenLogprobs
     assert received.outputs[1].finish_reason is FinishReason.STOP

@@ -159,22 +159,45 @@ async def test_a_client_that_reads_nothing_for_long_is_gone():
     assert closed.is_set()
 
 
-async def test_a_client_that_reads_slowly_is_not_gone():
+@pytest.mark.parametrize(("generating_s", "reading_s", "send_timeout_s"), [(0.2, 0, 0.1), (0, 0.04, 0.6)])
+async def test_neither_a_slow_engine_nor_a_slow_reader_is_a_client_that_is_gone(
+    generating_s, reading_s, send_timeout_s
+):
     async def chunks():
-        for _ in range(8):
+        for _ in range(num_chunks):
+            await asyncio.sleep(generating_s)
             yield {"choices": []}
 
     async def receive():
         await asyncio.Event().wait()
 
     async def send(message):
-        await asyncio.sleep(0.1)
+        if reading_s:
+            await asyncio.sleep(reading_s)
+        sent.append(message)
+
+    num_chunks = 3 if generating_s else 20
+    sent = []
+    stream = EventStream(chunks(), until_s=math.inf, message="late", send_timeout_s=send_timeout_s)
+    await stream({"type": "http"}, receive, send)
+    assert len(sent) == num_chunks + 2
+
+
+async def test_a_server_that_cannot_tell_whether_the_client_is_there_has_lost_it():
+    async def chunks():
+        await asyncio.Event().wait()
+        yield {}
+
+    async def receive():
+        raise RuntimeError("the proxy is gone")
+
+    async def send(message):
         sent.append(message)
 
     sent = []
-    stream = EventStream(chunks(), until_s=math.inf, message="late", send_timeout_s=0.3)
-    await stream({"type": "http"}, receive, send)
-    assert len(sent) == 10
+    with pytest.raises(ClientGoneError):
+        await EventStream(chunks(), until_s=math.inf, message="late")({"type": "http"}, receive, send)
+    assert not sent
 
 
 async def test_the_clients_deadline_holds_for_the_body_too(make_api):

@@ -128,7 +128,7 @@ async def until_disconnect(
 async def _disconnect(receive: Receive) -> NoReturn:
     with suppress(Exception):  # a server that cannot tell has lost the client too
         while (await receive())["type"] != "http.disconnect":
-            self._send_begin_s = math.inf
+            pass
     raise ClientGoneError("before its answer was complete")
 
 

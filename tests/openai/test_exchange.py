@@ -183,6 +183,27 @@ async def test_neither_a_slow_engine_nor_a_slow_reader_is_a_client_that_is_gone(
     assert len(sent) == num_chunks + 2
 
 
+async def test_what_a_client_sends_after_its_request_does_not_end_its_stream():
+    async def chunks():
+        await has_heard.wait()
+        yield {"choices": []}
+
+    async def receive():
+        if not messages:
+            has_heard.set()
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    async def send(message):
+        sent.append(message)
+
+    has_heard = asyncio.Event()
+    messages = [{"type": "http.request", "body": b"more", "more_body": False}]
+    sent = []
+    await EventStream(chunks(), until_s=math.inf, message="late")({"type": "http"}, receive, send)
+    assert len(sent) == 3
+
+
 async def test_a_server_that_cannot_tell_whether_the_client_is_there_has_lost_it():
     async def chunks():
         await asyncio.Event().wait()

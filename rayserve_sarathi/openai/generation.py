@@ -54,7 +54,7 @@ class ChoiceDelta(NamedTuple):
 
 
 async def generate_choice(
-    engine: EngineClient, tokenizer: Tokenizer, choice: Choice, *, index: int = 0
+    engine: EngineClient, tokenizer: Tokenizer, choice: Choice, *, index: int
 ) -> AsyncGenerator[ChoiceDelta]:
     """Yield the deltas of one choice, the `index`-th of its request; the last has a finish reason.
 

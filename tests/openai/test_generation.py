@@ -36,7 +36,7 @@ def choice(*stops, **sampling):
 async def test_an_engine_is_let_go_before_the_last_delta_is_handed_out(tokenizer):
     token_ids = tuple(tokenizer.encode("a.b", add_special_tokens=False))
     engine = FixedEngine(RequestOutput("r", token_ids), RequestOutput("r", token_ids))
-    async with aclosing(generate_choice(engine, tokenizer, choice("."))) as deltas:
+    async with aclosing(generate_choice(engine, tokenizer, choice("."), index=0)) as deltas:
         delta = await anext(deltas)
 
         assert (delta.text, delta.finish_reason, delta.num_tokens) == ("a", FinishReason.STOP, 2)
@@ -47,19 +47,19 @@ async def test_an_engine_is_let_go_before_the_last_delta_is_handed_out(tokenizer
 async def test_an_output_that_ends_without_a_reason_is_a_fault(tokenizer):
     engine = FixedEngine(RequestOutput("r", (5,)))
     with pytest.raises(EngineFailureError, match="without a reason"):
-        [delta async for delta in generate_choice(engine, tokenizer, choice())]
+        [delta async for delta in generate_choice(engine, tokenizer, choice(), index=0)]
 
 
 async def test_a_request_that_the_engine_aborts_is_a_fault(tokenizer):
     engine = FixedEngine(RequestOutput("r", (), FinishReason.ABORT))
     with pytest.raises(EngineFailureError, match="aborted"):
-        [delta async for delta in generate_choice(engine, tokenizer, choice())]
+        [delta async for delta in generate_choice(engine, tokenizer, choice(), index=0)]
 
 
 async def test_an_incomplete_character_at_the_end_is_replaced(tokenizer):
     token_ids = tuple(tokenizer.encode("a\u4f60", add_special_tokens=False)[:-1])
     engine = FixedEngine(RequestOutput("r", token_ids, FinishReason.LENGTH))
-    (delta,) = [delta async for delta in generate_choice(engine, tokenizer, choice())]
+    (delta,) = [delta async for delta in generate_choice(engine, tokenizer, choice(), index=0)]
 
     assert delta.text == "a\ufffd"
 

@@ -11,7 +11,7 @@ from rayserve_sarathi.request import FinishReason
     "value",
     [
         {"text": 'a "quote", \\, \n, \0, \u2028, \u4f60 and \U0001f600', "choices": []},
-        {"logprob": -1.5e-7, "large": 10**18, "tuple": [1, None, True], "nested": {"a": {}}},
+        {"logprob": -1.5e-7, "large": 10**18, "list": [1, None, True], "nested": {"a": {}}},
     ],
 )
 def test_json_comes_back_as_it_was(value):

@@ -88,6 +88,7 @@ async def test_pipelines_come_and_go_under_load_without_a_failed_request(
         "served_model_name": "tiny",
         "transport": "inline",
         "max_model_len": 256,
+        "attention_backend": "torch",  # slower than these clients are, so that their requests wait for it
         "scheduler": {"token_budget": 16, "max_num_seqs": 8},
     }
     with serve_run(tmp_path, args, deployments=[AUTOSCALING]) as server:

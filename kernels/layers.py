@@ -1,13 +1,16 @@
-"""A step of a stage in one call to the C++ kernels, for CPUs: embedding, all layers, norm and head.
+"""A step of a stage in one call to the C++ kernels, for CPUs: embedding, all layers, norm, head, and a token.
 
-They compute what each one's own kernels do one after the other, to the same bits, but begin and end a parallel region
-once a step and not some ten times a layer, and come back to Python once.
+They compute what each one's own kernels do one after the other, to the same bits, by threads of the stage's own that
+work through what they are told as a GPU's stream does: the call returns at once, and a step begins when the one before
+it ends, whose tokens it takes, without waiting for Python.
 
 Dimensions: T tokens in the step; R requests, W of them wanted; D hidden size; V vocabulary; F intermediate size; N
 query and K KV heads; H head size; P blocks in the pool; S tokens per block.
 """
 
 import ctypes
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,8 +25,9 @@ from rayserve_sarathi.kernels.linear import Linear
 from rayserve_sarathi.kernels.native import load_library
 
 Int32Array = npt.NDArray[np.int32]
+Float64Array = npt.NDArray[np.float64]
 
-_NO_FAULT, _UNKNOWN_TOKEN, _WRONG_LENGTHS = range(3)
+_NO_FAULT, _UNKNOWN_TOKEN, _WRONG_LENGTHS, _NO_MEMORY = range(4)
 """What is wrong with a step; as in csrc/cpu.cpp."""
 
 
@@ -71,8 +75,10 @@ class _Sizes(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("token_ids", "query_lens", "context_lens", "num_blocks", "wanted")),
-        *((name, ctypes.c_void_p) for name in ("block_tables", "hidden", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("block_tables", "pending_positions", "pending_samples", "sampled")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "cos", "sin")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_requests", "num_wanted", "num_block_ids")),
+        *((name, ctypes.c_int64) for name in ("num_pending", "num_sampled")),
     )
 
 
@@ -83,6 +89,17 @@ class _Vocabulary(ctypes.Structure):
     )
 
 
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("layers", "sizes", "vocabulary")),
+        ("num_layers", ctypes.c_int64),
+        ("step", _Step),
+        *((name, ctypes.c_void_p) for name in ("out", "settings", "likeliest", "chosen")),
+        *((name, ctypes.c_int64) for name in ("fault", "is_done")),
+        *((name, ctypes.c_double) for name in ("begin_s", "end_s")),
+    )
+
+
 _LONG = ("token_ids", "block_tables")
 
 
@@ -90,12 +107,14 @@ class StepArrays(NamedTuple):
     """A step as `StepInput` describes it.
 
     Args:
-        token_ids: [T]; none is pending.
+        token_ids: [T].
         query_lens: [R].
         context_lens: [R].
         num_blocks: [R].
         wanted: Requests with whose last token alone the last layer goes on, once it has stored keys and values, [W].
         block_tables: Block ids of each request's context and chunk, concatenated.
+        pending_positions: Which of the T tokens are some that the step before sampled, [P].
+        pending_samples: Which of those each is, [P].
     """
 
     token_ids: Int32Array
@@ -104,6 +123,82 @@ class StepArrays(NamedTuple):
     num_blocks: Int32Array
     wanted: Int32Array
     block_tables: Int32Array
+    pending_positions: Int32Array
+    pending_samples: Int32Array
+
+
+class StageRun:
+    """A step that a stage is to compute, or has computed; what it makes may be read once `finish` has returned.
+
+    Args:
+        stream: Of the stage.
+        launch: What it was told.
+        step: What is to be computed; None for tokens alone, of logits.
+        out: [W, V] or [T, D] or [W, D], float32.
+        likeliest: [W].
+        chosen: [W].
+        kept: What else must stay in memory meanwhile.
+    """
+
+    def __init__(
+        self,
+        stream: int,
+        launch: _Launch,
+        step: StepArrays | None,
+        *,
+        out: Tensor,
+        likeliest: Int32Array,
+        chosen: Int32Array,
+        kept: tuple[object, ...],
+    ) -> None:
+        self._stream = stream
+        self._launch = launch
+        self._step = step
+        self._kept = kept
+        self.out = out
+        """Logits of what is wanted, or without a head hidden states."""
+        self.likeliest = likeliest
+        """The first of the largest logits of each, or -1 where that is not finite, as where any is NaN."""
+        self.chosen = chosen
+        """A token for each: one that is drawn, or the likeliest; 0 where there is none, or the step has a fault."""
+
+    def launch(self) -> None:
+        """Give it to the stage's threads, which compute steps in order."""
+        load_library().sarathi_launch(self._stream, ctypes.byref(self._launch))
+
+    def wait(self) -> None:
+        """Return when the step is done, or has failed; any thread may call it."""
+        load_library().sarathi_wait(self._stream, ctypes.byref(self._launch))
+
+    def finish(self) -> None:
+        """Return when the step is done; any thread may call it.
+
+        Raises:
+            IndexError: A token was not in the vocabulary, or the arrays' lengths did not fit each other.
+            MemoryError: There was none left.
+        """
+        self.wait()
+        step, fault = self._step, self._launch.fault
+        if fault == _NO_FAULT:
+            return
+        if fault == _NO_MEMORY:
+            raise MemoryError("there is no memory for the activations of the step")
+        assert step is not None, f"fault {fault} of tokens alone"
+        if fault == _UNKNOWN_TOKEN:
+            raise IndexError(f"tokens {step.token_ids.tolist()} are not all in the vocabulary")
+        assert fault == _WRONG_LENGTHS, f"{fault} is none of the kernel's faults"
+        lens = {name: array.tolist() for name, array in step._asdict().items() if name not in _LONG}
+        raise IndexError(f"{len(step.token_ids)} tokens and {len(step.block_tables)} block ids do not fit {lens}")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` would return at once."""
+        return bool(self._launch.is_done)
+
+    @property
+    def times_s(self) -> tuple[float, float]:
+        """When it began and when it ended, on the clock of `time.monotonic`."""
+        return self._launch.begin_s, self._launch.end_s
 
 
 class DenseStage:
@@ -135,7 +230,6 @@ class DenseStage:
         eps: float,
     ) -> None:
         library = load_library()
-        self._run = library.sarathi_layers
         self._kept = (layers, kv_caches, embedding, norm, head)  # as pointers keep nothing
         _, num_kv_heads, block_size, head_size = kv_caches[0][0].shape
         self._hidden_size = len(layers[0].input_norm)
@@ -161,15 +255,18 @@ class DenseStage:
             self._with_head = _Vocabulary(
                 embedding=first, norm=norm.data_ptr(), head=head.panels.data_ptr(), size=vocab_size
             )
-        self._scratch_each: int = library.sarathi_layers_scratch(ctypes.byref(self._sizes))
-        self._scratch = torch.empty(0)
+        self._runs: deque[StageRun] = deque()
+        """Those that may not be done, as they must stay in memory."""
+        self._stream: int = library.sarathi_open_stream(torch.get_num_threads())
+        weakref.finalize(self, library.sarathi_close_stream, self._stream)
 
-    def hidden(self, step: StepArrays, hidden: Tensor | None, *, last_only: bool) -> Tensor:
+    def hidden(self, step: StepArrays, hidden: Tensor | None, *, sampled: Int32Array | None, last_only: bool) -> Tensor:
         """Compute all layers.
 
         Args:
             step: What to compute.
             hidden: Of the stage before, [T, D] float32; None for the embedding of the tokens.
+            sampled: What pending tokens are taken from; None for 0 in their place.
             last_only: Whether the last layer is to go on with what is wanted alone.
 
         Returns:
@@ -179,78 +276,110 @@ class DenseStage:
             IndexError: A token is not in the vocabulary, or the arrays' lengths do not fit each other.
         """
         out = torch.empty((len(step.wanted) if last_only else len(step.token_ids), self._hidden_size))
-        self._compute(self._without_head, step, hidden, last_only=last_only, out=out, likeliest=None)
-        return out
+        run = self._begin(self._without_head, step, hidden, sampled, last_only=last_only, out=out, settings=None)
+        run.finish()
+        return run.out
 
-    def logits(self, step: StepArrays, hidden: Tensor | None) -> tuple[Tensor, Int32Array]:
-        """Compute all layers, norm and head, where there is one; see `hidden`.
+    def launch(
+        self, step: StepArrays, hidden: Tensor | None, *, sampled: Int32Array | None, settings: Float64Array | None
+    ) -> StageRun:
+        """Have all layers, norm and head computed, where there is one, and a token chosen, once all before is done.
 
-        Returns:
-            Logits of what is wanted, [W, V] float32, and the first of the largest ones of each, or -1 where that is not
-            finite, as where any is NaN, [W].
+        Args:
+            step: What to compute.
+            hidden: As in `hidden`.
+            sampled: As in `hidden`; `chosen` of the run before will do, done or not.
+            settings: How to draw tokens, [5, W], see `cpu_sampling.draw`; None for the likeliest ones.
         """
         assert self._with_head is not None, "it is not the last stage"
+        assert settings is None or settings.shape == (5, len(step.wanted)), f"settings of {settings.shape}"
         out = torch.empty((len(step.wanted), self._vocab_size))
-        likeliest = np.empty(len(step.wanted), dtype=np.int32)
-        self._compute(self._with_head, step, hidden, last_only=True, out=out, likeliest=likeliest)
-        return out, likeliest
+        return self._begin(self._with_head, step, hidden, sampled, last_only=True, out=out, settings=settings)
 
-    def _compute(
+    def draw(self, logits: Tensor, settings: Float64Array) -> Tensor:
+        """Return a token id for each row of logits, as `cpu_sampling.draw` does, computed by the stage's own threads.
+
+        Those of OpenMP would keep cores from them for some milliseconds afterwards, as they wait actively.
+
+        Args:
+            logits: [n, V] float32.
+            settings: See `cpu_sampling.draw`.
+        """
+        assert self._with_head is not None, "it is not the last stage"
+        assert settings.shape == (5, len(logits)), f"settings of {settings.shape} for logits of {logits.shape}"
+        logits = logits.contiguous()
+        likeliest, chosen = np.zeros((2, len(logits)), dtype=np.int32)
+        launch = _Launch(
+            sizes=ctypes.addressof(self._sizes),
+            vocabulary=ctypes.addressof(self._with_head),
+            step=_Step(num_wanted=len(logits)),
+            out=logits.data_ptr(),
+            settings=settings.ctypes.data,
+            likeliest=likeliest.ctypes.data,
+            chosen=chosen.ctypes.data,
+        )
+        run = StageRun(self._stream, launch, None, out=logits, likeliest=likeliest, chosen=chosen, kept=(settings,))
+        self._enqueue(run)
+        run.finish()
+        return torch.from_numpy(chosen)
+
+    def _begin(
         self,
         vocabulary: _Vocabulary,
         step: StepArrays,
         hidden: Tensor | None,
+        sampled: Int32Array | None,
         *,
         last_only: bool,
         out: Tensor,
-        likeliest: Int32Array | None,
-    ) -> None:
+        settings: Float64Array | None,
+    ) -> StageRun:
         if hidden is None:
             assert vocabulary.embedding is not None, "it is not the first stage"
         else:
             assert (hidden.device.type, hidden.dtype) == ("cpu", torch.float32), f"{hidden.device} {hidden.dtype}"
             assert hidden.shape == (len(step.token_ids), self._hidden_size), f"hidden states of {hidden.shape}"
             hidden = hidden.contiguous()
-        num_scratch = len(step.token_ids) * self._scratch_each
-        if self._scratch.numel() < num_scratch:
-            # Kept: memory that is new in each step is mapped anew, which takes longer than a decode.
-            self._scratch = torch.empty(num_scratch)
         cos, sin = self._angles(int((step.context_lens + step.query_lens).max()))
         packed = np.concatenate(step, dtype=np.int32)
         *starts, _ = accumulate((4 * len(array) for array in step), initial=packed.ctypes.data)
-        token_ids, query_lens, context_lens, num_blocks, wanted, block_tables = starts
-        fault = self._run(
-            self._weights,
-            len(self._weights),
-            ctypes.byref(self._sizes),
-            ctypes.byref(vocabulary),
-            ctypes.byref(
-                _Step(
-                    token_ids=token_ids,
-                    query_lens=query_lens,
-                    context_lens=context_lens,
-                    num_blocks=num_blocks,
-                    wanted=wanted if last_only else None,
-                    block_tables=block_tables,
-                    hidden=None if hidden is None else hidden.data_ptr(),
-                    cos=cos.data_ptr(),
-                    sin=sin.data_ptr(),
-                    num_tokens=len(step.token_ids),
-                    num_requests=len(step.query_lens),
-                    num_wanted=len(step.wanted),
-                    num_block_ids=len(step.block_tables),
-                )
+        places: dict[str, int | None] = dict(zip(step._fields, starts, strict=True))
+        if not last_only:
+            places["wanted"] = None
+        likeliest, chosen = np.zeros((2, len(step.wanted)), dtype=np.int32)
+        launch = _Launch(
+            layers=ctypes.addressof(self._weights),
+            num_layers=len(self._weights),
+            sizes=ctypes.addressof(self._sizes),
+            vocabulary=ctypes.addressof(vocabulary),
+            step=_Step(
+                **places,
+                sampled=None if sampled is None else sampled.ctypes.data,
+                hidden=None if hidden is None else hidden.data_ptr(),
+                cos=cos.data_ptr(),
+                sin=sin.data_ptr(),
+                num_tokens=len(step.token_ids),
+                num_requests=len(step.query_lens),
+                num_wanted=len(step.wanted),
+                num_block_ids=len(step.block_tables),
+                num_pending=len(step.pending_positions),
+                num_sampled=0 if sampled is None else len(sampled),
             ),
-            self._scratch.data_ptr(),
-            out.data_ptr(),
-            None if likeliest is None else likeliest.ctypes.data,
+            out=out.data_ptr(),
+            settings=None if settings is None else settings.ctypes.data,
+            likeliest=likeliest.ctypes.data,
+            chosen=chosen.ctypes.data,
         )
-        if fault == _UNKNOWN_TOKEN:
-            raise IndexError(f"tokens {step.token_ids.tolist()} with a vocabulary of {self._vocab_size}")
-        if fault == _WRONG_LENGTHS:
-            lens = {name: array.tolist() for name, array in step._asdict().items() if name not in _LONG}
-            raise IndexError(f"{len(step.token_ids)} tokens and {len(step.block_tables)} block ids do not fit {lens}")
-        assert fault == _NO_FAULT, f"{fault} is none of the kernel's faults"
+        kept = (hidden, cos, sin, packed, sampled, settings)
+        run = StageRun(self._stream, launch, step, out=out, likeliest=likeliest, chosen=chosen, kept=kept)
+        self._enqueue(run)
+        return run
+
+    def _enqueue(self, run: StageRun) -> None:
+        while self._runs and self._runs[0].is_done:
+            self._runs.popleft()
+        self._runs.append(run)
+        run.launch()
 
 
 def have_whole_vectors(layers: Sequence[DenseLayer], *, head_size: int) -> bool:

@@ -26,7 +26,7 @@ _TIMEOUT_S = 120.0
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-_ABI = 2
+_ABI = 3
 """Of the functions and structs in csrc/cpu.cpp, which says the same."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
@@ -37,7 +37,10 @@ _SIGNATURES = {
     "sarathi_rotary": "plpplii",
     "sarathi_silu_mul": "ppll",
     "sarathi_draw": "pllpp",
-    "sarathi_layers": "pipppppp",
+    "sarathi_open_stream": "i",
+    "sarathi_close_stream": "p",
+    "sarathi_launch": "pp",
+    "sarathi_wait": "pp",
 }
 """The types of each kernel's arguments, in order; see csrc/cpu.cpp."""
 
@@ -97,9 +100,9 @@ def _open(path: Path) -> ctypes.CDLL:
         kernel = getattr(library, name)
         kernel.restype = None
         kernel.argtypes = [_TYPES[letter] for letter in types]
-    for name in ("sarathi_lanes", "sarathi_panel", "sarathi_layers"):
+    for name in ("sarathi_lanes", "sarathi_panel"):
         getattr(library, name).restype = ctypes.c_int
-    library.sarathi_layers_scratch.restype = ctypes.c_int64
+    library.sarathi_open_stream.restype = ctypes.c_void_p
     return library
 
 

@@ -11,6 +11,7 @@ import torch
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.model_runner import ModelRunner, StepLogits
+from rayserve_sarathi.kernels.layers import StageRun
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.resolve import resolve_model
@@ -86,11 +87,11 @@ class Stages:
 
     def run(self, step: StepInput) -> StepOutput:
         """Run the step and sample."""
-        made: torch.Tensor | StepLogits | None = None
+        made: torch.Tensor | StepLogits | StageRun | None = None
         for runner in self._runners:
-            assert not isinstance(made, StepLogits)
+            assert not isinstance(made, StepLogits | StageRun)
             made = runner.compute(step, made)
-        assert isinstance(made, StepLogits)
+        assert isinstance(made, StepLogits | StageRun)
         return self._runners[-1].sample(step, made).wait()
 
     def _forward(self, step: StepInput) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rayserve_sarathi import LLM, SamplingParams
 from rayserve_sarathi.errors import ConfigError, ContextLengthError, InvalidRequestError
 from rayserve_sarathi.execution.model_runner import ModelRunner, StepLogits
+from rayserve_sarathi.kernels.layers import StageRun
 from rayserve_sarathi.request import FinishReason
 from rayserve_sarathi.scheduling import ahead
 from rayserve_sarathi.step import StepInput
@@ -95,9 +96,9 @@ VARIED = [
 
 
 @pytest.mark.parametrize("settings", [{}, {"tensor_parallel_size": 2}, {"scheduler": {"token_budget": 5}}])
-@pytest.mark.parametrize("is_on_gpu", [False, True], ids=["cpu", "as-on-a-gpu"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["cpu", "as-on-a-gpu"])
 def test_steps_scheduled_ahead_change_nothing(
-    checkpoint: Path, is_on_gpu: bool, settings: dict, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, is_async: bool, settings: dict, monkeypatch: pytest.MonkeyPatch
 ):
     """With penalties, stops, least and most tokens, log-probabilities."""
     monkeypatch.setattr(ahead, "AHEAD_OF_STEP_S", math.inf)  # however slow this machine is
@@ -105,7 +106,7 @@ def test_steps_scheduled_ahead_change_nothing(
     with LLM(str(checkpoint), async_scheduling=False, **settings) as llm:
         one_by_one = llm.generate(PROMPTS, sampling)
     # As if its tokens were not there yet, so that a stage launches the next step before it waits for them.
-    monkeypatch.setattr(ModelRunner, "is_on_gpu", is_on_gpu)
+    monkeypatch.setattr(ModelRunner, "is_async", is_async)
     pending = count_pending(monkeypatch)
     with LLM(str(checkpoint), **settings) as llm:
         in_advance = llm.generate(PROMPTS, sampling)
@@ -124,7 +125,7 @@ def count_pending(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     compute = ModelRunner.compute
 
-    def count(runner: ModelRunner, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits:
+    def count(runner: ModelRunner, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits | StageRun:
         counts.append(0 if step.pending is None else len(step.pending.positions))
         return compute(runner, step, hidden)
 

@@ -4,17 +4,27 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <iterator>
 #include <limits>
 #include <memory>
+#include <mutex>
+#include <new>
 #include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <omp.h>
+#ifdef __linux__
+#include <sched.h>
+#include <sys/resource.h>
+#endif
 
 namespace {
 
@@ -53,7 +63,13 @@ INLINE Vector load(const bfloat16* from) {
 
 INLINE void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
 
-// Something to do in parts, which the threads of a parallel region take one after the other. Whoever finds none left
+INLINE void relax() {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+}
+
+// Something to do in parts, which several threads take one after the other. Whoever finds none left
 // waits for those that are being done, and for nobody else: a thread that has lost its core to another process is not
 // waited for unless it has a part. OpenMP's own barriers wait for all, and let threads sleep at once where the process
 // has more of them than cores, and waking one takes longer than most of what is done between two barriers.
@@ -67,15 +83,64 @@ class Work {
             run(first, end);
             done.fetch_add(end - first, std::memory_order_release);
         }
-        // Some 100 us; then whoever else wants the core may have it.
-        for (int spins = 0; done.load(std::memory_order_acquire) < count; spins++)
-            if (spins >= 4096) std::this_thread::yield();
-#ifdef __x86_64__
-            else __builtin_ia32_pause();
-#endif
+        for (int spins = 0; done.load(std::memory_order_acquire) < count; spins++) rest(spins);
     }
 
+    // As `share`, but a thread that seems to have lost its core is not waited for: `compute(first, end)` is called by
+    // another one too, and `put(first, end)`, which is short, by whichever is done first. So what `compute` makes is to
+    // be kept where no other thread looks, and may come to nothing; what it reads may change meanwhile, if all is done
+    // by then. Needs `states`, one for each part, 0 at first.
+    template <class F, class G>
+    void share_again(int64_t count, int64_t grain, F compute, G put) {
+        const auto start = Clock::now();
+        int64_t num_mine = 0;
+        auto put_part = [&](int64_t first, int64_t end, uint8_t from) {
+            uint8_t expected = from;
+            std::atomic<uint8_t>& state = states[first / grain];
+            if (!state.compare_exchange_strong(expected, PUT) &&
+                !(expected == TAKEN_AGAIN && state.compare_exchange_strong(expected, PUT)))
+                return;
+            put(first, end);
+            done.fetch_add(end - first, std::memory_order_release);
+        };
+        for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < count; num_mine++) {
+            const int64_t end = std::min(first + grain, count);
+            compute(first, end);
+            put_part(first, end, TAKEN);
+        }
+        if (done.load(std::memory_order_acquire) >= count) return;
+        const auto mine = Clock::now();
+        const std::chrono::nanoseconds part = num_mine ? (mine - start) / num_mine : std::chrono::microseconds(25);
+        const auto patience = std::chrono::microseconds(5) + 2 * part;
+        for (int spins = 0; done.load(std::memory_order_acquire) < count; spins++) {
+            if (spins % 64 || Clock::now() - mine < patience) {
+                rest(spins);
+                continue;
+            }
+            for (int64_t first = 0; first < count; first += grain) {
+                uint8_t expected = TAKEN;
+                if (!states[first / grain].compare_exchange_strong(expected, TAKEN_AGAIN)) continue;
+                const int64_t end = std::min(first + grain, count);
+                compute(first, end);
+                put_part(first, end, TAKEN_AGAIN);
+            }
+        }
+    }
+
+    std::atomic<uint8_t>* states = nullptr;
+
   private:
+    using Clock = std::chrono::steady_clock;
+    enum State : uint8_t { TAKEN, TAKEN_AGAIN, PUT };  // of a part, once all are taken
+
+    // Some 100 us; then whoever else wants the core may have it.
+    static void rest(int spins) {
+        if (spins >= 4096)
+            std::this_thread::yield();
+        else
+            relax();
+    }
+
     std::atomic<int64_t> next{0}, done{0};
 };
 
@@ -272,6 +337,7 @@ struct Step {
     int window;  // 0 for none
 };
 
+// Computes a task into the buffer; `finish` puts it in its place.
 template <class T>
 void attend(const Step& step, const Cache& cache, const Task& task, float* buffer) {
     const int H = cache.head_size, S = cache.block_size, G = step.num_heads / cache.num_kv_heads;
@@ -323,8 +389,14 @@ void attend(const Step& step, const Cache& cache, const Task& task, float* buffe
                 accumulate_from<R, C, T>(0, scores + r * KEYS, v, num_groups, H, out + r * H);
             });
     }
-    for (int r = 0; r < num_rows; r++) {
-        float* to = step.out + ((query.first_out + token_of(r)) * (int64_t)step.num_heads + head_of(r)) * H;
+}
+
+void finish(const Step& step, const Cache& cache, const Task& task, const float* buffer) {
+    const int H = cache.head_size, G = step.num_heads / cache.num_kv_heads;
+    const float *out = buffer + ROWS * H, *sums = out + ROWS * H + ROWS * KEYS + ROWS;
+    for (int r = 0; r < task.num_rows; r++) {
+        const int64_t token = task.query.first_out + (task.first_row + r) / G;
+        float* to = step.out + (token * step.num_heads + (int64_t)task.head * G + (task.first_row + r) % G) * H;
         for (int d = 0; d < H; d++) to[d] = out[r * H + d] / sums[r];
     }
 }
@@ -351,7 +423,10 @@ int64_t buffer_size(int head_size) { return ROWS * (2 * head_size + KEYS + 2); }
 // Each thread calls this.
 template <class T>
 void attend_some(const Step& step, const Cache& cache, const std::vector<Task>& tasks, Work& work, float* buffer) {
-    work.share(tasks.size(), 1, [&](int64_t task, int64_t) { attend<T>(step, cache, tasks[task], buffer); });
+    auto compute = [&](int64_t task, int64_t) { attend<T>(step, cache, tasks[task], buffer); };
+    auto put = [&](int64_t task, int64_t) { finish(step, cache, tasks[task], buffer); };
+    if (work.states) return work.share_again(tasks.size(), 1, compute, put);
+    work.share(tasks.size(), 1, [&](int64_t task, int64_t end) { compute(task, end), put(task, end); });
 }
 
 template <class T>
@@ -454,24 +529,45 @@ void multiply_panel(const float* x, int64_t num_rows, int64_t num_inputs, const 
     }
 }
 
-// Each of the threads calls this.
+// Columns of a part of y, [num_rows, width], from the panels in which they were computed one after the other.
+void put_panels(const float* panels, int64_t num_rows, int64_t width, float* y, int64_t y_stride) {
+    for (int64_t output = 0; output < width; output += PANEL, panels += num_rows * PANEL)
+        for (int64_t r = 0; r < num_rows; r++)
+            std::memcpy(y + r * y_stride + output, panels + r * PANEL,
+                        sizeof(float) * std::min<int64_t>(PANEL, width - output));
+}
+
+// Each of the threads calls this, with room for a part in its buffer if the work has states.
 void multiply_some(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, int64_t num_outputs,
-                   const float* bias, float* y, Work& work, int num_threads) {
-    const int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
+                   const float* bias, float* y, Work& work, int num_threads, float* buffer) {
+    const int64_t num_panels = (num_outputs + PANEL - 1) / PANEL, grain = grain_of(num_panels, num_threads);
+    auto multiply_one = [&](int64_t index, float* to, int64_t stride) {
+        const int64_t output = index * PANEL;
+        float start[PANEL] = {};
+        if (bias) std::memcpy(start, bias + output, sizeof(float) * std::min<int64_t>(PANEL, num_outputs - output));
+        multiply_panel(x, num_rows, num_inputs, panels + output * num_inputs, start, to, stride);
+    };
+    if (work.states)
+        return work.share_again(
+            num_panels, grain,
+            [&](int64_t first, int64_t end) {
+                for (int64_t index = first; index < end; index++)
+                    multiply_one(index, buffer + (index - first) * num_rows * PANEL, PANEL);
+            },
+            [&](int64_t first, int64_t end) {
+                const int64_t width = std::min(end * PANEL, num_outputs) - first * PANEL;
+                put_panels(buffer, num_rows, width, y + first * PANEL, num_outputs);
+            });
     std::vector<float> last(num_outputs % PANEL ? num_rows * PANEL : 0);
-    work.share(num_panels, grain_of(num_panels, num_threads), [&](int64_t first, int64_t end) {
+    work.share(num_panels, grain, [&](int64_t first, int64_t end) {
         for (int64_t index = first; index < end; index++) {
-            const int64_t output = index * PANEL, width = std::min<int64_t>(PANEL, num_outputs - output);
-            float start[PANEL] = {};
-            if (bias) std::memcpy(start, bias + output, sizeof(float) * width);
-            const float* panel = panels + output * num_inputs;
-            if (width == PANEL) {
-                multiply_panel(x, num_rows, num_inputs, panel, start, y + output, num_outputs);
+            const int64_t output = index * PANEL, width = num_outputs - output;
+            if (width >= PANEL) {
+                multiply_one(index, y + output, num_outputs);
                 continue;
             }
-            multiply_panel(x, num_rows, num_inputs, panel, start, last.data(), PANEL);
-            for (int64_t r = 0; r < num_rows; r++)
-                std::memcpy(y + r * num_outputs + output, last.data() + r * PANEL, sizeof(float) * width);
+            multiply_one(index, last.data(), PANEL);
+            put_panels(last.data(), num_rows, width, y + output, num_outputs);
         }
     });
 }
@@ -481,7 +577,7 @@ void multiply_all(const float* x, int64_t num_rows, int64_t num_inputs, const fl
     const int num_threads = num_rows * num_inputs * num_outputs < 1 << 15 ? 1 : omp_get_max_threads();
     Work work;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    multiply_some(x, num_rows, num_inputs, panels, num_outputs, bias, y, work, num_threads);
+    multiply_some(x, num_rows, num_inputs, panels, num_outputs, bias, y, work, num_threads, nullptr);
 }
 
 // ---- what is done to each row
@@ -598,10 +694,13 @@ int32_t argmax(const float* logits, int64_t vocab_size) {
     return std::find(logits, logits + vocab_size - 1, most) - logits;
 }
 
-// `weights` has room for the row in whole vectors.
-int32_t draw_row(const float* logits, int64_t vocab_size, float temperature, int32_t top_k, double top_p, float min_p,
-                 double u, float* weights) {
-    const int32_t likeliest = std::max(0, argmax(logits, vocab_size));
+// `settings` are temperature, top_k, top_p, min_p and a number in [0, 1), `stride` apart; `likeliest` is the first of
+// the largest logits. `weights` has room for the row in whole vectors.
+int32_t draw_row(const float* logits, int64_t vocab_size, const double* settings, int64_t stride, int32_t likeliest,
+                 float* weights) {
+    const float temperature = settings[0], min_p = settings[3 * stride];
+    const int32_t top_k = settings[stride];
+    const double top_p = settings[2 * stride], u = settings[4 * stride];
     if (!(temperature > 0)) return likeliest;
 
     const int64_t size = (vocab_size + LANES - 1) / LANES * LANES;
@@ -638,8 +737,9 @@ int32_t draw_row(const float* logits, int64_t vocab_size, float temperature, int
 
 // ---- a whole stage
 //
-// The kernels above one after the other, as models/decoder.py and models/layers.py order them, but in one parallel
-// region: a decode of a small model is otherwise mostly the beginning and ending of some ten regions a layer.
+// The kernels above one after the other, as models/decoder.py and models/layers.py order them, but by threads that come
+// back once a step: a decode of a small model is otherwise mostly the beginning and ending of some ten parallel regions
+// a layer.
 
 struct LayerWeights {
     const float *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm;  // the last two null where heads have no norms
@@ -655,11 +755,14 @@ struct LayerSizes {
 
 // A step as the scheduler sends it, of R requests. Angles are those of positions, [positions, H / 2]. Hidden states
 // come from the stage before, [T, D], or else from the embedding. Once it has stored keys and values, the last layer
-// goes on with the last token alone of each of `wanted`, [W], unless that is null.
+// goes on with the last token alone of each of `wanted`, [W], unless that is null. Where tokens are pending, [P], which
+// of those that the step before sampled come there, 0 if that is null.
 struct LayerStep {
-    const int32_t *token_ids, *query_lens, *context_lens, *num_blocks, *wanted, *block_tables;
+    int32_t* token_ids;
+    const int32_t *query_lens, *context_lens, *num_blocks, *wanted, *block_tables;
+    const int32_t *pending_positions, *pending_samples, *sampled;
     const float *hidden, *cos, *sin;
-    int64_t num_tokens, num_requests, num_wanted, num_block_ids;
+    int64_t num_tokens, num_requests, num_wanted, num_block_ids, num_pending, num_sampled;
 };
 
 // Embedding and head are [V, D], the head in panels. Without a head, as before the last stage, hidden states are the
@@ -669,7 +772,31 @@ struct Vocabulary {
     int64_t size;
 };
 
-enum Fault { NONE, UNKNOWN_TOKEN, WRONG_LENGTHS };  // of a step, as kernels/layers.py has them
+// What to compute: all rows must be multiples of the lanes long, and F one of the panel. Without a head, `out` gets the
+// hidden states of all tokens, or of those that are wanted, [T or W, D]; with one, the logits of those that are wanted,
+// [W, V], `likeliest` the first of each one's largest, or -1 if that is not finite, [W], and `chosen` a token for each:
+// one drawn by `settings`, [5, W], see draw in cpu_sampling.py, or where that is null the likeliest, and 0 if there is
+// none. Without layers, `out` has logits already.
+struct Order {
+    const LayerWeights* layers;
+    const LayerSizes* sizes;
+    const Vocabulary* vocabulary;
+    int64_t num_layers;
+    LayerStep step;
+    float* out;
+    const double* settings;
+    int32_t *likeliest, *chosen;
+};
+
+// As kernels/layers.py has it. Of a step with a fault nothing is computed.
+struct Launch {
+    Order order;
+    int64_t fault;
+    std::atomic<int64_t> is_done;
+    double begin_s, end_s;
+};
+
+enum Fault { NONE, UNKNOWN_TOKEN, WRONG_LENGTHS, NO_MEMORY };  // of a step, as kernels/layers.py has them
 
 Fault find_fault(const LayerStep& step, int64_t vocab_size, int64_t block_size) {
     int64_t num_tokens = 0, num_block_ids = 0;
@@ -681,9 +808,15 @@ Fault find_fault(const LayerStep& step, int64_t vocab_size, int64_t block_size) 
         num_block_ids += num_blocks;
     }
     if (num_tokens != step.num_tokens || num_block_ids != step.num_block_ids) return WRONG_LENGTHS;
-    if (step.num_wanted > step.num_requests) return WRONG_LENGTHS;
+    if (step.wanted && step.num_wanted > step.num_requests) return WRONG_LENGTHS;
     for (int index = 0; index < step.num_wanted; index++)
         if (step.wanted && (step.wanted[index] < 0 || step.wanted[index] >= step.num_requests)) return WRONG_LENGTHS;
+    for (int64_t i = 0; i < step.num_pending; i++) {
+        const int64_t position = step.pending_positions[i], sample = step.pending_samples[i];
+        if (position < 0 || position >= num_tokens) return WRONG_LENGTHS;
+        if (step.sampled && (sample < 0 || sample >= step.num_sampled)) return WRONG_LENGTHS;
+        step.token_ids[position] = step.sampled ? step.sampled[sample] : 0;
+    }
     for (int64_t i = 0; i < num_tokens; i++)
         if (!step.hidden && (step.token_ids[i] < 0 || step.token_ids[i] >= vocab_size)) return UNKNOWN_TOKEN;
     return NONE;
@@ -694,9 +827,11 @@ struct Layout {
     std::vector<Query> queries, wanted_queries;
     std::vector<int32_t> positions, slots, wanted_tokens;
     std::vector<int32_t> new_blocks;  // those whose first slot is written
+    std::vector<int32_t> block_tables;
 
-    Layout(const LayerStep& step, int block_size) {
-        const int32_t* blocks = step.block_tables;
+    Layout(const LayerStep& step, int block_size)
+        : block_tables(step.block_tables, step.block_tables + step.num_block_ids) {
+        const int32_t* blocks = block_tables.data();
         for (int request = 0; request < step.num_requests; request++) {
             const int first = positions.size(), num_tokens = step.query_lens[request];
             const int context_len = step.context_lens[request];
@@ -719,6 +854,7 @@ struct Layout {
 };
 
 constexpr int PHASES = 8;  // of a layer: each begins when the one before is done
+constexpr int LONG_PHASES[] = {1, 3, 4, 6, 7};  // products and attention: others are short
 constexpr int64_t GATED_ROWS = 8 * TILE;
 
 struct Scratch {
@@ -741,10 +877,10 @@ struct Scratch {
     }
 };
 
-// activated = silu(gate) * up, PANEL of F outputs from `output` on, of all rows; `panels` has those of gate and those of
-// up one after the other. So many rows at a time that both are still in the L1 cache when SiLU reads them.
+// silu(gate) * up, PANEL of F outputs from `output` on, of all rows; `panels` has those of gate and those of up one
+// after the other. So many rows at a time that both are still in the L1 cache when SiLU reads them.
 void gate_panel(const float* x, int64_t num_rows, int64_t num_inputs, const float* panels, const float* bias,
-                int64_t output, int64_t F, float* activated, float* buffer) {
+                int64_t output, int64_t F, float* activated, int64_t stride, float* buffer) {
     float start[2][PANEL] = {};
     for (int half = 0; bias && half < 2; half++)
         std::memcpy(start[half], bias + half * F + output, sizeof start[half]);
@@ -755,7 +891,7 @@ void gate_panel(const float* x, int64_t num_rows, int64_t num_inputs, const floa
                            start[half], buffer + half * PANEL, 2 * PANEL);
         for (int64_t i = 0; i < count; i++) {
             const float* gate = buffer + i * 2 * PANEL;
-            silu_row(gate, gate + PANEL, activated + (first + i) * F + output, PANEL);
+            silu_row(gate, gate + PANEL, activated + (first + i) * stride, PANEL);
         }
     }
 }
@@ -776,7 +912,7 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
     };
     auto multiply = [&](const float* x, int64_t rows, int64_t inputs, const float* panels, int64_t outputs,
                         const float* bias, float* y) {
-        multiply_some(x, rows, inputs, panels, outputs, bias, y, *phase++, num_threads);
+        multiply_some(x, rows, inputs, panels, outputs, bias, y, *phase++, num_threads, buffer);
     };
 
     for_each(T + layout.new_blocks.size(), [&](int64_t i) {
@@ -812,19 +948,258 @@ void run_layer(const LayerWeights& weights, const LayerSizes& sizes, const Layer
         norm_row(scratch.delta + i * D, hidden + token * D, weights.mlp_norm, scratch.x + i * D, out + i * D, D,
                  sizes.eps);
     });
-    for_each(F / PANEL, [&](int64_t index) {
-        const int64_t output = index * PANEL;
-        gate_panel(scratch.x, num_rows, D, weights.up, weights.up_bias, output, F, scratch.activated, buffer);
-    });
+    const int64_t grain = grain_of(F / PANEL, num_threads);
+    auto gate = [&](int64_t index, float* to, int64_t stride) {
+        gate_panel(scratch.x, num_rows, D, weights.up, weights.up_bias, index * PANEL, F, to, stride, buffer);
+    };
+    Work& gating = *phase++;
+    if (gating.states) {
+        float* panels = buffer + GATED_ROWS * 2 * PANEL;
+        gating.share_again(
+            F / PANEL, grain,
+            [&](int64_t first, int64_t end) {
+                for (int64_t index = first; index < end; index++)
+                    gate(index, panels + (index - first) * num_rows * PANEL, PANEL);
+            },
+            [&](int64_t first, int64_t end) {
+                put_panels(panels, num_rows, (end - first) * PANEL, scratch.activated + first * PANEL, F);
+            });
+    } else {
+        gating.share(F / PANEL, grain, [&](int64_t first, int64_t end) {
+            for (int64_t index = first; index < end; index++) gate(index, scratch.activated + index * PANEL, F);
+        });
+    }
     multiply(scratch.activated, num_rows, F, weights.down, D, weights.down_bias, scratch.delta);
 }
+
+// A step that the threads of a stream are at. One that has lost its core may still be in it when the others have done
+// all of it, and the next step too: it then finds nothing left to do, what it was doing comes to nothing, and all that
+// it may read meanwhile is the run's own or the stage's.
+struct Run {
+    Run(const Order& order, int num_threads, std::shared_ptr<float[]> scratch_memory)
+        : order(order),
+          sizes(*order.sizes),
+          vocabulary(*order.vocabulary),
+          num_threads(num_threads),
+          layout(order.step, sizes.block_size),
+          num_tokens(layout.positions.size()),
+          num_rows(order.step.wanted || !order.num_layers ? order.step.num_wanted : num_tokens),
+          scratch_memory(std::move(scratch_memory)),
+          scratch(this->scratch_memory.get(), sizes, num_tokens),
+          all_tasks(make_tasks(layout.queries, sizes.num_heads, sizes.num_kv_heads)),
+          wanted_tasks(make_tasks(layout.wanted_queries, sizes.num_heads, sizes.num_kv_heads)),
+          phases(order.num_layers * PHASES) {
+        if (num_threads == 1 || num_tokens > AGAIN_TOKENS) return;
+        const int64_t num_parts = std::max<int64_t>(16 * num_threads, all_tasks.size());
+        states.reset(new std::atomic<uint8_t>[(order.num_layers * std::size(LONG_PHASES) + 1) * num_parts]());
+        std::atomic<uint8_t>* next = states.get();
+        for (int64_t layer = 0; layer < order.num_layers; layer++)
+            for (int phase : LONG_PHASES) phases[layer * PHASES + phase].states = next, next += num_parts;
+        logits.states = next;
+    }
+
+    // Each of the threads calls this, the first one before the step is done, the others whenever they come to it.
+    void work() {
+        if (!order.num_layers) return choose();
+        const LayerStep& step = order.step;
+        const int64_t D = sizes.hidden_size, V = vocabulary.size;
+        const int64_t most = std::max({V, sizes.intermediate_size, row_size(), D}) / PANEL + 1;
+        const int64_t part = states ? num_tokens * grain_of(most, num_threads) * PANEL : 0;
+        const int64_t size = std::max(buffer_size(sizes.head_size), GATED_ROWS * 2 * PANEL) + part;
+        const std::unique_ptr<float[]> buffer(new float[size]);
+        for (int64_t layer = 0; layer < order.num_layers; layer++) {
+            const bool some = step.wanted && layer == order.num_layers - 1;
+            run_layer(order.layers[layer], sizes, step, vocabulary.embedding, layout,
+                      some ? wanted_tasks : all_tasks, some, scratch, layer == 0, num_threads, &phases[layer * PHASES],
+                      buffer.get());
+        }
+        float *hidden = step.wanted ? scratch.wanted : scratch.hidden, *out = order.out;
+        sum.share(num_rows, grain_of(num_rows, num_threads), [&](int64_t first, int64_t end) {
+            for (int64_t i = first * D; i < end * D; i += D)
+                if (vocabulary.head)
+                    norm_row(scratch.delta + i, hidden + i, vocabulary.norm, scratch.x + i, hidden + i, D, sizes.eps);
+                else
+                    for (int64_t d = i; d < i + D; d++) out[d] = hidden[d] + scratch.delta[d];
+        });
+        if (vocabulary.head) {
+            multiply_some(scratch.x, num_rows, D, vocabulary.head, V, nullptr, out, logits, num_threads, buffer.get());
+            choose();
+        }
+    }
+
+    void choose() {
+        const int64_t V = vocabulary.size;
+        const float* out = order.out;
+        // Not even mapped where no row needs it.
+        const std::unique_ptr<float[]> weights(order.settings ? new float[V + LANES] : nullptr);
+        choice.share(num_rows, 1, [&](int64_t row, int64_t) {
+            const int32_t likeliest = order.likeliest[row] = argmax(out + row * V, V);
+            order.chosen[row] = std::max(0, likeliest);
+            if (!order.settings || likeliest < 0) return;
+            order.chosen[row] = draw_row(out + row * V, V, order.settings + row, num_rows, likeliest, weights.get());
+        });
+    }
+
+  private:
+    // With more, putting parts in their places would take too long.
+    static constexpr int64_t AGAIN_TOKENS = 64;
+
+    int64_t row_size() const { return (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_size; }
+
+    const Order order;
+    const LayerSizes sizes;
+    const Vocabulary vocabulary;
+    const int num_threads;
+    const Layout layout;
+    const int64_t num_tokens, num_rows;
+    const std::shared_ptr<float[]> scratch_memory;
+    const Scratch scratch;
+    const std::vector<Task> all_tasks, wanted_tasks;
+    std::vector<Work> phases;
+    Work sum, logits, choice;
+    std::unique_ptr<std::atomic<uint8_t>[]> states;
+};
+
+double now_s() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Threads that compute steps one after the other: each begins when the one before ends, and waits for nobody's Python.
+class Stream {
+  public:
+    explicit Stream(int num_threads) : num_threads(num_threads) {
+        threads.emplace_back([this] { lead(); });
+        for (int i = 1; i < num_threads; i++) threads.emplace_back([this] { help(); });
+    }
+
+    // Returns when what was launched is done and the threads have ended.
+    void close() {
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            is_closed = true;
+        }
+        launched.notify_one();
+        for (std::thread& thread : threads) thread.join();
+        current.reset();
+        scratch.reset();
+    }
+
+    void launch(Launch* step) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            steps.push_back(step);
+        }
+        launched.notify_one();
+    }
+
+    void wait(const Launch* step) {
+        std::unique_lock<std::mutex> lock(mutex);
+        ended.wait(lock, [&] { return step->is_done != 0; });
+    }
+
+  private:
+    static constexpr int SPINS = 1024;  // some 30 us, as the next step is mostly there when one ends
+
+    void lead() {
+        unbind();
+        std::unique_lock<std::mutex> lock(mutex);
+        for (;;) {
+            launched.wait(lock, [&] { return is_closed || !steps.empty(); });
+            if (steps.empty()) break;
+            Launch* step = steps.front();
+            steps.pop_front();
+            lock.unlock();
+            step->begin_s = now_s();
+            try {
+                step->fault = compute(step->order);
+            } catch (const std::bad_alloc&) {
+                step->fault = NO_MEMORY;
+            }
+            step->end_s = now_s();
+            lock.lock();
+            step->is_done = 1;
+            ended.notify_all();
+        }
+        has_ended = true;
+        begun.notify_all();
+    }
+
+    Fault compute(const Order& order) {
+        if (const Fault fault = find_fault(order.step, order.vocabulary->size, order.sizes->block_size)) return fault;
+        const int64_t num_scratch = order.step.num_tokens * Scratch::size_each(*order.sizes);
+        if (scratch_size < num_scratch) {
+            // Kept: memory that is new in each step is mapped anew, which takes longer than a decode.
+            scratch.reset(new float[num_scratch]);
+            scratch_size = num_scratch;
+        }
+        const auto run = std::make_shared<Run>(order, num_threads, scratch);
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            current = run;
+            num_begun++;
+        }
+        begun.notify_all();
+        run->work();
+        return NONE;
+    }
+
+    // A process that gives way to others, as Ray's workers do, has an event loop and an ingress beside it: this thread
+    // then takes a core only where nobody else wants it, as another one computes what it was computing if need be.
+    void help() {
+        unbind();
+#ifdef __linux__
+        const sched_param none = {};
+        if (getpriority(PRIO_PROCESS, 0) > 0) sched_setscheduler(0, SCHED_IDLE, &none);
+#endif
+        for (int64_t last = 0;;) {
+            for (int spins = 0; spins < SPINS && num_begun == last; spins++) relax();
+            std::shared_ptr<Run> run;
+            {
+                std::unique_lock<std::mutex> lock(mutex);
+                begun.wait(lock, [&] { return has_ended || num_begun != last; });
+                if (has_ended) return;
+                run = current;
+                last = num_begun;
+            }
+            try {
+                run->work();
+            } catch (const std::bad_alloc&) {  // before it has taken a part; the others will
+            }
+        }
+    }
+
+    // OpenMP binds the thread that begins it to a core if told to (OMP_PROC_BIND), and so all that this one begins.
+    static void unbind() {
+#ifdef __linux__
+        cpu_set_t cpus;
+        CPU_ZERO(&cpus);
+        for (int place = 0; place < omp_get_num_places(); place++) {
+            std::vector<int> ids(omp_get_place_num_procs(place));
+            omp_get_place_proc_ids(place, ids.data());
+            for (int id : ids) CPU_SET(id, &cpus);
+        }
+        if (CPU_COUNT(&cpus)) sched_setaffinity(0, sizeof cpus, &cpus);
+#endif
+    }
+
+    const int num_threads;
+    std::mutex mutex;
+    std::condition_variable launched, begun, ended;
+    std::deque<Launch*> steps;
+    std::shared_ptr<Run> current;
+    std::atomic<int64_t> num_begun{0};
+    std::shared_ptr<float[]> scratch;
+    int64_t scratch_size = 0;
+    bool is_closed = false, has_ended = false;
+    std::vector<std::thread> threads;
+};
 
 }  // namespace
 
 extern "C" {
 
 // Changes with what follows, structs included, so that nobody takes a build of another version: see native.py.
-int sarathi_abi() { return 2; }
+int sarathi_abi() { return 3; }
 
 // Sizes of rows must be multiples of this.
 int sarathi_lanes() { return LANES; }
@@ -910,53 +1285,20 @@ void sarathi_draw(const float* logits, int64_t num_rows, int64_t vocab_size, con
     {
         const std::unique_ptr<float[]> weights(new float[vocab_size + LANES]);  // not even mapped for greedy rows
         work.share(num_rows, 1, [&](int64_t row, int64_t) {
-            const double* of_row = settings + row;
-            token_ids[row] = draw_row(logits + row * vocab_size, vocab_size, of_row[0], of_row[num_rows],
-                                      of_row[2 * num_rows], of_row[3 * num_rows], of_row[4 * num_rows], weights.get());
+            const float* of_row = logits + row * vocab_size;
+            const int32_t likeliest = std::max(0, argmax(of_row, vocab_size));
+            token_ids[row] = draw_row(of_row, vocab_size, settings + row, num_rows, likeliest, weights.get());
         });
     }
 }
 
-// Numbers of scratch that `sarathi_layers` needs for each token.
-int64_t sarathi_layers_scratch(const LayerSizes* sizes) { return Scratch::size_each(*sizes); }
+void* sarathi_open_stream(int num_threads) { return new Stream(num_threads); }
 
-// Runs layers on a step. All rows must be multiples of the lanes long, and F one of the panel. Without a head, `out`
-// gets the hidden states of all tokens, or of those that are wanted, [T or W, D]; with one, the logits of those that
-// are wanted, [W, V], and `likeliest` the first of each one's largest, or -1 if that is not finite, [W]. Of a step with
-// a fault it returns that, and does nothing.
-int sarathi_layers(const LayerWeights* layers, int num_layers, const LayerSizes* sizes, const Vocabulary* vocabulary,
-                   const LayerStep* step, float* scratch_memory, float* out, int32_t* likeliest) {
-    const int64_t D = sizes->hidden_size, V = vocabulary->size;
-    if (const Fault fault = find_fault(*step, V, sizes->block_size)) return fault;
-    const Layout layout(*step, sizes->block_size);
-    const int64_t num_tokens = layout.positions.size(), num_rows = step->wanted ? step->num_wanted : num_tokens;
-    const Scratch scratch(scratch_memory, *sizes, num_tokens);
-    const auto all_tasks = make_tasks(layout.queries, sizes->num_heads, sizes->num_kv_heads);
-    const auto wanted_tasks = make_tasks(layout.wanted_queries, sizes->num_heads, sizes->num_kv_heads);
-    std::vector<Work> phases(num_layers * PHASES);
-    Work sum, logits, choice;
-#pragma omp parallel
-    {
-        const int num_threads = omp_get_num_threads();
-        std::vector<float> buffer(std::max(buffer_size(sizes->head_size), GATED_ROWS * 2 * PANEL));
-        for (int layer = 0; layer < num_layers; layer++) {
-            const bool some = step->wanted && layer == num_layers - 1;
-            run_layer(layers[layer], *sizes, *step, vocabulary->embedding, layout, some ? wanted_tasks : all_tasks,
-                      some, scratch, layer == 0, num_threads, &phases[layer * PHASES], buffer.data());
-        }
-        float* hidden = step->wanted ? scratch.wanted : scratch.hidden;
-        sum.share(num_rows, grain_of(num_rows, num_threads), [&](int64_t first, int64_t end) {
-            for (int64_t i = first * D; i < end * D; i += D)
-                if (vocabulary->head)
-                    norm_row(scratch.delta + i, hidden + i, vocabulary->norm, scratch.x + i, hidden + i, D, sizes->eps);
-                else
-                    for (int64_t d = i; d < i + D; d++) out[d] = hidden[d] + scratch.delta[d];
-        });
-        if (vocabulary->head) {
-            multiply_some(scratch.x, num_rows, D, vocabulary->head, V, nullptr, out, logits, num_threads);
-            choice.share(num_rows, 1, [&](int64_t row, int64_t) { likeliest[row] = argmax(out + row * V, V); });
-        }
-    }
-    return NONE;
-}
+// It stays in memory, some hundred bytes, as somebody may be in `sarathi_wait` when a process ends.
+void sarathi_close_stream(void* stream) { static_cast<Stream*>(stream)->close(); }
+
+// The step must stay where it is until it is done.
+void sarathi_launch(void* stream, Launch* step) { static_cast<Stream*>(stream)->launch(step); }
+
+void sarathi_wait(void* stream, const Launch* step) { static_cast<Stream*>(stream)->wait(step); }
 }

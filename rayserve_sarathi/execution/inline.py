@@ -61,7 +61,7 @@ def make_inline_pipeline(config: EngineConfig, *, num_threads: int | None = None
 
 
 class InlinePipeline:
-    """Stages of this process, each tensor-parallel rank of them on a worker thread.
+    """Stages of this process, each tensor-parallel rank of them on a worker thread, or on threads of its own.
 
     Args:
         ranks: For each rank its stages, first to last, started.
@@ -82,23 +82,28 @@ class InlinePipeline:
             )
             for tp_rank in range(len(ranks))
         )
-        # Waits for a GPU, while the next step is launched.
+        # Waits for the device, while the next step is launched.
         self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="waiting")
-        self._inside: asyncio.Queue[Future[StepOutput | LaunchedStep]] = asyncio.Queue()
+        self._inside: asyncio.Queue[tuple[Future[StepOutput | LaunchedStep], Future[StepOutput]]] = asyncio.Queue()
+        self._queued: Future[StepOutput | LaunchedStep] = Future()
+        """The last step, when it is launched."""
+        self._queued.cancel()
 
     async def submit(self, step: StepInput) -> None:
-        """Queue the step for the worker threads."""
-        self._inside.put_nowait(self._thread.submit(self._run, step))
+        """Give the step to the stages, or queue it for the worker threads."""
+        if not self._others and self._queued.done() and self._ranks[0][0].returns_at_once(step):
+            self._queued = Future()
+            self._queued.set_result(self._run(step))
+        else:
+            self._queued = self._thread.submit(self._run, step)
+        self._inside.put_nowait((self._queued, self._waiting.submit(_wait, self._queued)))
 
     async def receive(self) -> StepOutput:
         """Wait for the oldest step."""
-        future = await self._inside.get()
+        _, future = await self._inside.get()
         try:
             async with asyncio.timeout(self._step_timeout_s):
-                output = await asyncio.wrap_future(future)
-                if isinstance(output, LaunchedStep):
-                    output = await asyncio.get_running_loop().run_in_executor(self._waiting, output.wait)
-                return output
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             raise EngineDeadError(f"a step took longer than step_timeout_s={self._step_timeout_s}") from None
 
@@ -110,9 +115,10 @@ class InlinePipeline:
         """Return: threads of this process are as alive as the caller."""
 
     async def close(self) -> None:
-        """Let the worker threads end after the step that they are in."""
+        """Let the threads end after the steps that they have begun."""
         while not self._inside.empty():
-            self._inside.get_nowait().cancel()
+            for future in self._inside.get_nowait():
+                future.cancel()
         self._thread.submit(self._close_others)
         self._thread.shutdown(wait=False)
         self._waiting.shutdown(wait=False)
@@ -145,3 +151,8 @@ def _launch_stages(stages: Sequence[Stage], step: StepInput) -> StepOutput | Lau
 def _run_stages(stages: Sequence[Stage], step: StepInput) -> StepOutput:
     launched = _launch_stages(stages, step)
     return launched.wait() if isinstance(launched, LaunchedStep) else launched
+
+
+def _wait(launched: Future[StepOutput | LaunchedStep]) -> StepOutput:
+    output = launched.result()
+    return output.wait() if isinstance(output, LaunchedStep) else output

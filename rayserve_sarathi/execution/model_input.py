@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayserve_sarathi.kernels.attention.metadata import AttentionMetadata, StepLayout
 from rayserve_sarathi.kernels.gpu import on_device
-from rayserve_sarathi.step import Int32Array, PendingTokens, StepInput
+from rayserve_sarathi.step import PendingTokens, StepInput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +64,6 @@ def put_pending(token_ids: Tensor, pending: PendingTokens, sampled: Tensor | Non
         token_ids.index_fill_(0, positions, 0)
     else:
         token_ids.index_copy_(0, positions, sampled[samples].to(token_ids.dtype))
-
-
-def known_tokens(step: StepInput, sampled: Tensor | None) -> Int32Array:
-    """Return the step's tokens, [T], with those that are pending, on the host; see `put_pending`."""
-    if step.pending is None:
-        return step.token_ids
-    token_ids = step.token_ids.copy()
-    token_ids[step.pending.positions] = 0 if sampled is None else sampled.numpy()[step.pending.samples]
-    return token_ids
 
 
 def step_layout(step: StepInput, *, block_size: int) -> StepLayout:

@@ -5,7 +5,7 @@ Dimensions: T tokens in the step; R requests; D hidden size; S requests that sam
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,15 +14,17 @@ from torch import Tensor
 from rayserve_sarathi.execution.cuda_graphs import StepGraphs, StepLimits, refuse_graphs
 from rayserve_sarathi.execution.kv_cache import allocate_kv_caches
 from rayserve_sarathi.execution.logprobs import token_logprobs
-from rayserve_sarathi.execution.model_input import build_model_input, first_tokens, known_tokens
-from rayserve_sarathi.execution.sampler import NOT_FINITE, Sampled, Sampling, sample
-from rayserve_sarathi.kernels.layers import DenseStage, StepArrays
+from rayserve_sarathi.execution.model_input import build_model_input, first_tokens
+from rayserve_sarathi.execution.sampler import NOT_FINITE, Sampled, Sampling, draw_settings, sample
+from rayserve_sarathi.kernels.layers import DenseStage, StageRun, StepArrays
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import Int32Array, PromptLogprobsQuery, StepInput, StepOutput
 
 # Logits of a whole chunk at once would be 500 MB for 1024 tokens and a vocabulary of 128 thousand.
 _MAX_PROMPT_LOGITS_ROWS = 128
+
+_NONE = np.empty(0, dtype=np.int32)
 
 _logger = logging.getLogger(__name__)
 
@@ -32,12 +34,15 @@ class PendingOutput:
 
     Args:
         step: The step.
-        sampling: Of its sampling requests; None if there are none, or another rank's tokens count.
+        sampling: What chooses the tokens of its sampling requests; None if there are none, or another rank's count.
         prompt_logprobs: As in `StepOutput`.
     """
 
     def __init__(
-        self, step: StepInput, sampling: Sampling | None, prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+        self,
+        step: StepInput,
+        sampling: Sampling | StageRun | None,
+        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]],
     ) -> None:
         self._step = step
         self._sampling = sampling
@@ -48,7 +53,10 @@ class PendingOutput:
         """Return the output, without timings; any thread may call it."""
         step = self._step
         sampled = Sampled(np.empty(0, np.int32), {}, np.empty(0, np.int64))
-        if self._sampling is not None:
+        if isinstance(self._sampling, StageRun):
+            self._sampling.finish()
+            sampled = Sampled(self._sampling.chosen, {}, np.flatnonzero(self._sampling.likeliest < 0))
+        elif self._sampling is not None:
             sampled = self._sampling.wait()
         bad_requests = step.sample_requests[sampled.bad_rows].tolist()
         bad_requests += [
@@ -65,6 +73,11 @@ class PendingOutput:
             errors=dict.fromkeys(bad_requests, NOT_FINITE),
         )
 
+    @property
+    def times_s(self) -> tuple[float, float] | None:
+        """When the device began and ended, on the clock of `time.monotonic`; None if it does not tell."""
+        return self._sampling.times_s if isinstance(self._sampling, StageRun) else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLogits:
@@ -77,8 +90,8 @@ class StepLogits:
     """
 
     logits: Tensor | None
-    likeliest: Int32Array | None
-    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    likeliest: Int32Array | None = None
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -97,8 +110,8 @@ class ModelRunner:
     ) -> None:
         self._decoder = decoder
         self._block_size = block_size
-        self._newest: tuple[int, Tensor] | None = None
-        """The last step that sampled, and its tokens, [S], where they are."""
+        self._newest: tuple[int, Tensor | StageRun] | None = None
+        """The last step that sampled, and its tokens, [S], where they are, or what chooses them."""
         self.kv_caches = allocate_kv_caches(decoder, num_blocks=num_blocks, block_size=block_size)
         """Key and value pool of each layer."""
         self._joined = decoder.join(self.kv_caches)
@@ -120,13 +133,18 @@ class ModelRunner:
         """Whether this stage samples."""
         return self._decoder.is_last
 
+    def returns_at_once(self, step: StepInput) -> bool:
+        """Whether `compute` and `sample` only tell the C++ kernels what to do, though steps before may not be done."""
+        is_whole = self._whole is not None and self._decoder.is_first and self._decoder.is_last
+        return is_whole and not step.prompt_logprobs and not _needs_logits(step)
+
     @property
-    def is_on_gpu(self) -> bool:
-        """Whether the stage's calls return before the device has done what they ask for."""
-        return self._decoder.device.type == "cuda"
+    def is_async(self) -> bool:
+        """Whether the stage's calls return before the device has done what they ask for, if it samples."""
+        return self._decoder.device.type == "cuda" or self.is_joined
 
     @torch.inference_mode()
-    def compute(self, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits:
+    def compute(self, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits | StageRun:
         """Compute the stage's part of a step: what the next stage needs, [T, D], or on the last one what `sample` does.
 
         Args:
@@ -135,8 +153,19 @@ class ModelRunner:
         """
         whole = self._whole
         if whole is not None and self.is_last and not step.prompt_logprobs:
-            logits, likeliest = whole.logits(self._arrays(step, step.sample_requests), hidden)
-            return StepLogits(logits=logits if len(logits) else None, likeliest=likeliest, prompt_logprobs={})
+            before = self._sampled_before(step)
+            needs_logits = _needs_logits(step)
+            is_random = not needs_logits and step.sampling["temperature"].any()
+            run = whole.launch(
+                _arrays(step, step.sample_requests),
+                hidden,
+                sampled=before.chosen if isinstance(before, StageRun) else _on_host(before),
+                settings=draw_settings(step) if is_random else None,
+            )
+            if not needs_logits:
+                return run
+            run.finish()
+            return StepLogits(logits=run.out if len(run.out) else None, likeliest=run.likeliest)
         hidden = self.forward(step, hidden)
         return self.logits(step, hidden) if self.is_last else hidden
 
@@ -154,7 +183,7 @@ class ModelRunner:
         """
         decoder = self._decoder
         last_only = decoder.is_last and not step.prompt_logprobs
-        sampled = self._sampled_before(step)
+        sampled = self._tokens_before(step)
         # A graph of the last stage has the last tokens alone.
         if (
             self._graphs is not None
@@ -164,7 +193,7 @@ class ModelRunner:
             return out
         if (whole := self._whole) is not None:
             everyone = np.arange(len(step.query_lens), dtype=np.int32)
-            return whole.hidden(self._arrays(step, everyone), hidden, last_only=last_only)
+            return whole.hidden(_arrays(step, everyone), hidden, sampled=_on_host(sampled), last_only=last_only)
         model_input = build_model_input(step, block_size=self._block_size, device=decoder.device, sampled=sampled)
         if hidden is None:
             hidden = decoder.embed(model_input.token_ids)
@@ -188,10 +217,10 @@ class ModelRunner:
             reports = self._prompt_logprobs(step, hidden, query)
             if self._is_chooser:
                 prompt_logprobs[query.request] = reports
-        return StepLogits(logits=logits, likeliest=None, prompt_logprobs=prompt_logprobs)
+        return StepLogits(logits=logits, prompt_logprobs=prompt_logprobs)
 
     @torch.inference_mode()
-    def sample(self, step: StepInput, made: StepLogits) -> PendingOutput:
+    def sample(self, step: StepInput, made: StepLogits | StageRun) -> PendingOutput:
         """Choose the step's new tokens; no rank waits for another here.
 
         Args:
@@ -201,11 +230,15 @@ class ModelRunner:
         Returns:
             The output to come; on ranks other than 0, without tokens.
         """
+        if isinstance(made, StageRun):
+            self._newest = (step.step_id, made)
+            return PendingOutput(step, made, {})
         sampling: Sampling | None = None
         if made.logits is not None and (self._is_chooser or self._decoder.is_first):
             # On a single stage every rank embeds the tokens that the next step may have pending. They are the same, as
             # the logits are to the last bit.
-            sampling = sample(made.logits, self._with_known_histories(step), likeliest=made.likeliest)
+            draw_by = None if self._whole is None else self._whole.draw
+            sampling = sample(made.logits, self._with_known_histories(step), likeliest=made.likeliest, draw_by=draw_by)
             self._newest = (step.step_id, sampling.token_ids)
         return PendingOutput(step, sampling if self._is_chooser else None, made.prompt_logprobs)
 
@@ -214,27 +247,23 @@ class ModelRunner:
         # Whoever times attention has it computed by itself for a while.
         return self._joined if self._decoder.backend.is_in_layers else None
 
-    def _arrays(self, step: StepInput, wanted: Int32Array) -> StepArrays:
-        # No operator of torch: each gives Python's lock away, and then waits for it.
-        return StepArrays(
-            token_ids=known_tokens(step, self._sampled_before(step)),
-            query_lens=step.query_lens,
-            context_lens=step.context_lens,
-            num_blocks=step.num_blocks,
-            wanted=wanted,
-            block_tables=step.block_tables,
-        )
-
-    def _sampled_before(self, step: StepInput) -> Tensor | None:
-        """Return the tokens of the step before, None if it failed."""
+    def _sampled_before(self, step: StepInput) -> Tensor | StageRun | None:
+        """Return the tokens of the step before, or what chooses them; None if it failed."""
         if self._newest is None or self._newest[0] != step.step_id - 1:
             return None
         return self._newest[1]
 
+    def _tokens_before(self, step: StepInput) -> Tensor | None:
+        """Return the tokens of the step before, None if it failed; the C++ kernels are waited for."""
+        before = self._sampled_before(step)
+        if isinstance(before, StageRun):
+            before.wait()
+            return torch.from_numpy(before.chosen)
+        return before
+
     def _with_known_histories(self, step: StepInput) -> StepInput:
-        """Return the step with its pending tokens in the histories; a GPU is waited for if there are any."""
-        sampled = self._sampled_before(step)
-        if not step.histories or step.pending is None or sampled is None:
+        """Return the step with its pending tokens in the histories; a device is waited for if there are any."""
+        if not step.histories or step.pending is None or (sampled := self._tokens_before(step)) is None:
             return step
         tokens = sampled.cpu().numpy().astype(np.int32)[step.pending.samples]
         token_of = dict(zip(step.pending.positions.tolist(), tokens, strict=True))
@@ -267,3 +296,27 @@ class ModelRunner:
             if self._is_chooser:
                 reports += token_logprobs(logits.log_softmax(dim=-1), part, [query.num_logprobs] * len(part))
         return tuple(reports)
+
+
+def _arrays(step: StepInput, wanted: Int32Array) -> StepArrays:
+    # No operator of torch: each gives Python's lock away, and then waits for it.
+    pending = step.pending
+    return StepArrays(
+        token_ids=step.token_ids,
+        query_lens=step.query_lens,
+        context_lens=step.context_lens,
+        num_blocks=step.num_blocks,
+        wanted=wanted,
+        block_tables=step.block_tables,
+        pending_positions=_NONE if pending is None else pending.positions,
+        pending_samples=_NONE if pending is None else pending.samples,
+    )
+
+
+def _needs_logits(step: StepInput) -> bool:
+    """Return whether choosing tokens takes more than the C++ kernels do."""
+    return step.logit_bias is not None or bool(step.histories) or bool(step.sampling["has_logprobs"].any())
+
+
+def _on_host(tokens: Tensor | None) -> Int32Array | None:
+    return None if tokens is None else tokens.numpy().astype(np.int32)

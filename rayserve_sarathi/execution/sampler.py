@@ -24,7 +24,8 @@ from rayserve_sarathi.request import TokenLogprobs
 from rayserve_sarathi.step import Int32Array, LogitBias, StepInput, TokenHistory
 
 _Sampling = npt.NDArray[np.void]
-_Draw = Callable[[Tensor, npt.NDArray[np.float64]], Tensor]
+Draw = Callable[[Tensor, npt.NDArray[np.float64]], Tensor]
+"""Returns tokens of logits by settings; see `kernels.sampling.draw`."""
 
 # Finding the 512 most likely of 32000 tokens takes a quarter of a sort, and they nearly always hold the mass of top_p.
 _NUM_CANDIDATES = 512
@@ -100,13 +101,16 @@ class Sampling:
         return Sampled(chosen, dict(zip(asked.tolist(), reports, strict=True)), bad_rows)
 
 
-def sample(logits: Tensor, step: StepInput, *, likeliest: Int32Array | None = None) -> Sampling:
+def sample(
+    logits: Tensor, step: StepInput, *, likeliest: Int32Array | None = None, draw_by: Draw | None = None
+) -> Sampling:
     """Choose a token for each sampling request; none can spoil it for another.
 
     Args:
         logits: [S, V] float32; changed in place.
         step: Says how.
         likeliest: The first of the largest logits of each, [S], or -1 where that is not finite; None to look here.
+        draw_by: What draws tokens, as `draw` does; None for what the logits' device has.
     """
     # The largest logit is NaN if any is.
     is_bad = ~logits.amax(dim=-1).isfinite() if likeliest is None else torch.from_numpy(likeliest < 0)
@@ -124,29 +128,38 @@ def sample(logits: Tensor, step: StepInput, *, likeliest: Int32Array | None = No
         likeliest = None
     num_logprobs = sampling["num_logprobs"][asked].tolist()
     return Sampling(
-        _choose(logits, step, likeliest), is_bad, raw_logprobs=raw_logprobs, asked=asked, num_logprobs=num_logprobs
+        _choose(logits, step, likeliest, draw_by),
+        is_bad,
+        raw_logprobs=raw_logprobs,
+        asked=asked,
+        num_logprobs=num_logprobs,
     )
 
 
-def _choose(logits: Tensor, step: StepInput, likeliest: Int32Array | None) -> Tensor:
+def _choose(logits: Tensor, step: StepInput, likeliest: Int32Array | None, draw_by: Draw | None) -> Tensor:
     """Return a token for each row, [S] integers."""
-    sampling = step.sampling
-    is_random = bool(sampling["temperature"].any())
+    is_random = bool(step.sampling["temperature"].any())
     if not is_random and likeliest is not None:
         return torch.from_numpy(likeliest.clip(min=0))
     if not is_random and not logits.is_cuda:
         return _argmax(logits)  # as fast as a call can be: 50 against 65 us of the kernel for a row of 4096
+    return (draw_by or _drawing_for(logits))(logits, draw_settings(step))
+
+
+def draw_settings(step: StepInput) -> npt.NDArray[np.float64]:
+    """Return how to draw each token, [5, S]; see `kernels.sampling.draw`."""
+    sampling = step.sampling
     settings = np.zeros((5, len(sampling)))
     settings[:4] = [sampling[name] for name in ("temperature", "top_k", "top_p", "min_p")]
-    if is_random:
+    if sampling["temperature"].any():
         settings[4] = uniforms(sampling["seed"], (step.context_lens + step.query_lens)[step.sample_requests])
-    return _drawing_for(logits)(logits, settings)
+    return settings
 
 
-def _drawing_for(logits: Tensor) -> _Draw:
+def _drawing_for(logits: Tensor) -> Draw:
     kernel = sampling_for(logits)
     if kernel is not None:
-        on_gpu: _Draw = kernel.draw
+        on_gpu: Draw = kernel.draw
         return on_gpu
     return draw if kernels_for(logits) is None else cpu_sampling.draw
 

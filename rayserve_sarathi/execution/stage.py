@@ -17,6 +17,7 @@ from rayserve_sarathi.errors import EngineDeadError
 from rayserve_sarathi.execution.cuda_graphs import StepLimits
 from rayserve_sarathi.execution.kv_cache import fit_num_blocks
 from rayserve_sarathi.execution.model_runner import ModelRunner, PendingOutput, StepLogits
+from rayserve_sarathi.kernels.layers import StageRun
 from rayserve_sarathi.models.decoder import Decoder
 from rayserve_sarathi.models.load import load_decoder
 from rayserve_sarathi.models.parallel import SINGLE_RANK, TensorParallel
@@ -44,7 +45,7 @@ class StageMessage:
 
 
 class LaunchedStep(NamedTuple):
-    """A step of the last stage that a GPU may still be at.
+    """A step of the last stage that a device may still be at.
 
     Args:
         wait: Returns what comes of it; one thread, which may be another one, calls it for one step after another.
@@ -129,6 +130,10 @@ class Stage:
             graph_limits=None if config.enforce_eager else limits,
         )
 
+    def returns_at_once(self, step: StepInput) -> bool:
+        """Whether `launch` computes nothing of this step itself; see `ModelRunner`."""
+        return self._runner is not None and self._runner.returns_at_once(step)
+
     def execute_first(self, step: StepInput) -> StageMessage | StepOutput:
         """Compute the first stage's part of a step."""
         return self.execute(StageMessage(step=step))
@@ -152,7 +157,7 @@ class Stage:
             receive_s: When the message had arrived; None if it has just arrived.
 
         Returns:
-            What to send on; of the last stage on a GPU, what to wait for, as the next step can be launched meanwhile.
+            What to send on, or of the last stage what to wait for, as the next step may be launched meanwhile.
         """
         runner = self._runner
         assert runner is not None, "start comes before the first step"
@@ -165,7 +170,7 @@ class Stage:
             has_peers_waiting = self._tp.tp_size > 1
             try:
                 made = runner.compute(step, message.hidden)
-                if isinstance(made, StepLogits):
+                if isinstance(made, StepLogits | StageRun):
                     has_peers_waiting = False
                     pending = runner.sample(step, made)
                 else:
@@ -175,8 +180,10 @@ class Stage:
         self._leave_others(fault)
         if runner.is_last:
             finish = partial(self._finish, message, pending, fault, receive_s=receive_s, start_s=start_s)
-            return LaunchedStep(finish) if runner.is_on_gpu else finish()
-        return StageMessage(step=step, hidden=hidden, timings=self._time(message, receive_s, start_s), fault=fault)
+            return LaunchedStep(finish) if runner.is_async else finish()
+        return StageMessage(
+            step=step, hidden=hidden, timings=self._time(message, receive_s, start_s, time.monotonic()), fault=fault
+        )
 
     def _finish(
         self,
@@ -192,10 +199,12 @@ class Stage:
         if pending is not None:
             try:
                 output = pending.wait()
-            except Exception as exception:  # as in `launch`: what a GPU cannot do, it tells when it is waited for
+            except Exception as exception:  # as in `launch`: what a device cannot do, it tells when it is waited for
                 fault = self._make_fault(step, exception, is_stage_broken=False)
                 self._leave_others(fault)
-        return replace(output, fault=fault, timings=self._time(message, receive_s, start_s))
+        times_s = None if pending is None else pending.times_s
+        start_s, end_s = times_s or (start_s, time.monotonic())
+        return replace(output, fault=fault, timings=self._time(message, receive_s, start_s, end_s))
 
     def _leave_others(self, fault: StepFault | None) -> None:
         if fault is not None and fault.is_stage_broken and self._tp.tp_size > 1:
@@ -203,9 +212,9 @@ class Stage:
             if self._on_leave is not None:
                 self._on_leave()
 
-    def _time(self, message: StageMessage, receive_s: float, start_s: float) -> tuple[StageTiming, ...]:
-        """Return the timings of a step that ends now; one launched behind another began when that one ended."""
-        start_s, self._last_end_s = max(start_s, self._last_end_s), time.monotonic()
+    def _time(self, message: StageMessage, receive_s: float, start_s: float, end_s: float) -> tuple[StageTiming, ...]:
+        """Return the timings of a step; one launched behind another began when that one ended."""
+        start_s, self._last_end_s = max(start_s, self._last_end_s), end_s
         timing = StageTiming(stage=self._index, receive_s=receive_s, start_s=start_s, end_s=self._last_end_s)
         return (*message.timings, timing)
 

@@ -22,6 +22,7 @@ from rayserve_sarathi.step import StepInput
 _T = TypeVar("_T")
 
 _FILL_TOKENS = 512
+_REST_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +144,10 @@ class StageClock:
     def _time(self, step: StepInput) -> ClockTimes:
         assert self._backend is not None, "the decoder has asked for it"
         prepare_s = embed_s = 0.0
-        if not self._runner.is_joined:  # else they are within `forward`, and take next to nothing there
+        if self._runner.is_joined:  # then they are within `forward`, and take next to nothing there
+            # OpenMP's threads, which sampled before, wait actively for a while, on cores that the stage's own need.
+            time.sleep(_REST_S)
+        else:
             prepare_s, model_input = self._timed(
                 lambda: build_model_input(step, block_size=self.block_size, device=self._device)
             )

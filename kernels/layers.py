@@ -308,20 +308,14 @@ class DenseStage:
         assert self._with_head is not None, "it is not the last stage"
         assert settings.shape == (5, len(logits)), f"settings of {settings.shape} for logits of {logits.shape}"
         logits = logits.contiguous()
-        likeliest, chosen = np.zeros((2, len(logits)), dtype=np.int32)
         launch = _Launch(
             sizes=ctypes.addressof(self._sizes),
             vocabulary=ctypes.addressof(self._with_head),
             step=_Step(num_wanted=len(logits)),
-            out=logits.data_ptr(),
-            settings=settings.ctypes.data,
-            likeliest=likeliest.ctypes.data,
-            chosen=chosen.ctypes.data,
         )
-        run = StageRun(self._stream, launch, None, out=logits, likeliest=likeliest, chosen=chosen, kept=(settings,))
-        self._enqueue(run)
+        run = self._enqueue(launch, None, out=logits, settings=settings, kept=())
         run.finish()
-        return torch.from_numpy(chosen)
+        return torch.from_numpy(run.chosen)
 
     def _begin(
         self,
@@ -346,7 +340,6 @@ class DenseStage:
         places: dict[str, int | None] = dict(zip(step._fields, starts, strict=True))
         if not last_only:
             places["wanted"] = None
-        likeliest, chosen = np.zeros((2, len(step.wanted)), dtype=np.int32)
         launch = _Launch(
             layers=ctypes.addressof(self._weights),
             num_layers=len(self._weights),
@@ -365,21 +358,29 @@ class DenseStage:
                 num_pending=len(step.pending_positions),
                 num_sampled=0 if sampled is None else len(sampled),
             ),
-            out=out.data_ptr(),
-            settings=None if settings is None else settings.ctypes.data,
-            likeliest=likeliest.ctypes.data,
-            chosen=chosen.ctypes.data,
         )
-        kept = (hidden, cos, sin, packed, sampled, settings)
-        run = StageRun(self._stream, launch, step, out=out, likeliest=likeliest, chosen=chosen, kept=kept)
-        self._enqueue(run)
-        return run
+        return self._enqueue(launch, step, out=out, settings=settings, kept=(hidden, cos, sin, packed, sampled))
 
-    def _enqueue(self, run: StageRun) -> None:
+    def _enqueue(
+        self,
+        launch: _Launch,
+        step: StepArrays | None,
+        *,
+        out: Tensor,
+        settings: Float64Array | None,
+        kept: tuple[object, ...],
+    ) -> StageRun:
+        likeliest, chosen = np.zeros((2, launch.step.num_wanted), dtype=np.int32)
+        launch.out = out.data_ptr()
+        launch.settings = None if settings is None else settings.ctypes.data
+        launch.likeliest, launch.chosen = likeliest.ctypes.data, chosen.ctypes.data
+        kept = (*kept, settings)
+        run = StageRun(self._stream, launch, step, out=out, likeliest=likeliest, chosen=chosen, kept=kept)
         while self._runs and self._runs[0].is_done:
             self._runs.popleft()
         self._runs.append(run)
         run.launch()
+        return run
 
 
 def have_whole_vectors(layers: Sequence[DenseLayer], *, head_size: int) -> bool:

@@ -69,10 +69,10 @@ INLINE void relax() {
 #endif
 }
 
-// Something to do in parts, which several threads take one after the other. Whoever finds none left
-// waits for those that are being done, and for nobody else: a thread that has lost its core to another process is not
-// waited for unless it has a part. OpenMP's own barriers wait for all, and let threads sleep at once where the process
-// has more of them than cores, and waking one takes longer than most of what is done between two barriers.
+// Something to do in parts, which several threads take one after the other. Whoever finds none left waits for those that
+// are being done, and for nobody else: a thread that has lost its core to another process is not waited for unless it
+// has a part. OpenMP's own barriers wait for all, and let threads sleep at once where the process has more of them than
+// cores, and waking one takes longer than most of what is done between two barriers.
 class Work {
   public:
     // Calls `run(first, end)` for parts of [0, count), `grain` long, until all of it is done.
@@ -94,20 +94,15 @@ class Work {
     void share_again(int64_t count, int64_t grain, F compute, G put) {
         const auto start = Clock::now();
         int64_t num_mine = 0;
-        auto put_part = [&](int64_t first, int64_t end, uint8_t from) {
-            uint8_t expected = from;
-            std::atomic<uint8_t>& state = states[first / grain];
-            if (!state.compare_exchange_strong(expected, PUT) &&
-                !(expected == TAKEN_AGAIN && state.compare_exchange_strong(expected, PUT)))
-                return;
+        auto compute_part = [&](int64_t first) {
+            const int64_t end = std::min(first + grain, count);
+            compute(first, end);
+            if (states[first / grain].exchange(PUT) == PUT) return;
             put(first, end);
             done.fetch_add(end - first, std::memory_order_release);
         };
-        for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < count; num_mine++) {
-            const int64_t end = std::min(first + grain, count);
-            compute(first, end);
-            put_part(first, end, TAKEN);
-        }
+        for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < count; num_mine++)
+            compute_part(first);
         if (done.load(std::memory_order_acquire) >= count) return;
         const auto mine = Clock::now();
         const std::chrono::nanoseconds part = num_mine ? (mine - start) / num_mine : std::chrono::microseconds(25);
@@ -119,10 +114,7 @@ class Work {
             }
             for (int64_t first = 0; first < count; first += grain) {
                 uint8_t expected = TAKEN;
-                if (!states[first / grain].compare_exchange_strong(expected, TAKEN_AGAIN)) continue;
-                const int64_t end = std::min(first + grain, count);
-                compute(first, end);
-                put_part(first, end, TAKEN_AGAIN);
+                if (states[first / grain].compare_exchange_strong(expected, TAKEN_AGAIN)) compute_part(first);
             }
         }
     }
@@ -798,6 +790,17 @@ struct Launch {
 
 enum Fault { NONE, UNKNOWN_TOKEN, WRONG_LENGTHS, NO_MEMORY };  // of a step, as kernels/layers.py has them
 
+// Puts tokens of the step before where they are pending.
+Fault put_pending(const LayerStep& step) {
+    for (int64_t i = 0; i < step.num_pending; i++) {
+        const int64_t position = step.pending_positions[i], sample = step.pending_samples[i];
+        if (position < 0 || position >= step.num_tokens) return WRONG_LENGTHS;
+        if (step.sampled && (sample < 0 || sample >= step.num_sampled)) return WRONG_LENGTHS;
+        step.token_ids[position] = step.sampled ? step.sampled[sample] : 0;
+    }
+    return NONE;
+}
+
 Fault find_fault(const LayerStep& step, int64_t vocab_size, int64_t block_size) {
     int64_t num_tokens = 0, num_block_ids = 0;
     for (int request = 0; request < step.num_requests; request++) {
@@ -811,12 +814,6 @@ Fault find_fault(const LayerStep& step, int64_t vocab_size, int64_t block_size) 
     if (step.wanted && step.num_wanted > step.num_requests) return WRONG_LENGTHS;
     for (int index = 0; index < step.num_wanted; index++)
         if (step.wanted && (step.wanted[index] < 0 || step.wanted[index] >= step.num_requests)) return WRONG_LENGTHS;
-    for (int64_t i = 0; i < step.num_pending; i++) {
-        const int64_t position = step.pending_positions[i], sample = step.pending_samples[i];
-        if (position < 0 || position >= num_tokens) return WRONG_LENGTHS;
-        if (step.sampled && (sample < 0 || sample >= step.num_sampled)) return WRONG_LENGTHS;
-        step.token_ids[position] = step.sampled ? step.sampled[sample] : 0;
-    }
     for (int64_t i = 0; i < num_tokens; i++)
         if (!step.hidden && (step.token_ids[i] < 0 || step.token_ids[i] >= vocab_size)) return UNKNOWN_TOKEN;
     return NONE;
@@ -1125,6 +1122,7 @@ class Stream {
     }
 
     Fault compute(const Order& order) {
+        if (const Fault fault = put_pending(order.step)) return fault;
         if (const Fault fault = find_fault(order.step, order.vocabulary->size, order.sizes->block_size)) return fault;
         const int64_t num_scratch = order.step.num_tokens * Scratch::size_each(*order.sizes);
         if (scratch_size < num_scratch) {

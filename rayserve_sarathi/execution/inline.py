@@ -85,18 +85,20 @@ class InlinePipeline:
         # Waits for the device, while the next step is launched.
         self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="waiting")
         self._inside: asyncio.Queue[tuple[Future[StepOutput | LaunchedStep], Future[StepOutput]]] = asyncio.Queue()
-        self._queued: Future[StepOutput | LaunchedStep] = Future()
-        """The last step, when it is launched."""
-        self._queued.cancel()
+        self._newest: Future[StepOutput | LaunchedStep] | None = None
+        """Of the last step, done when it is launched; None before the first."""
 
     async def submit(self, step: StepInput) -> None:
         """Give the step to the stages, or queue it for the worker threads."""
-        if not self._others and self._queued.done() and self._ranks[0][0].returns_at_once(step):
-            self._queued = Future()
-            self._queued.set_result(self._run(step))
+        is_launched = self._newest is None or self._newest.done()
+        launched: Future[StepOutput | LaunchedStep]
+        if is_launched and not self._others and self._ranks[0][0].returns_at_once(step):
+            launched = Future()
+            launched.set_result(self._run(step))
         else:
-            self._queued = self._thread.submit(self._run, step)
-        self._inside.put_nowait((self._queued, self._waiting.submit(_wait, self._queued)))
+            launched = self._thread.submit(self._run, step)
+        self._newest = launched
+        self._inside.put_nowait((launched, self._waiting.submit(_wait, launched)))
 
     async def receive(self) -> StepOutput:
         """Wait for the oldest step."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from rayserve_sarathi.request import RequestOutput
+from rayserve_sarathi.routing import CallId
 
 _LINGER_S = 1.0
 """A stream of outputs ends after this long without an open request, so that a draining replica has no calls left.
@@ -14,6 +15,7 @@ _SILENCE_S = 30.0
 
 class _Outbox:
     def __init__(self, now_s: float) -> None:
+        self.last_call = 0
         self.outputs: list[RequestOutput] = []
         self.filled = asyncio.Event()
         self.open_ids: set[str] = set()
@@ -34,11 +36,12 @@ class Outboxes:
         self._boxes: dict[str, _Outbox] = {}
         self._box_of: dict[str, _Outbox] = {}
 
-    def open(self, ingress: str, request_id: str) -> None:
-        """Begin to collect the outputs of a request."""
-        box = self._boxes.get(ingress)
+    def open(self, call: CallId, request_id: str) -> None:
+        """Begin to collect the outputs of a request that came by a call of an ingress."""
+        box = self._boxes.get(call.ingress)
         if box is None:
-            box = self._boxes[ingress] = _Outbox(self._clock())
+            box = self._boxes[call.ingress] = _Outbox(self._clock())
+        box.last_call = max(box.last_call, call.number)
         box.open_ids.add(request_id)
         self._box_of[request_id] = box
 
@@ -48,6 +51,10 @@ class Outboxes:
         if box is not None:
             box.open_ids.discard(request_id)
             box.unclaimed_ids.discard(request_id)
+
+    def last_calls(self) -> dict[str, int]:
+        """Return the number of the last call of each ingress that is not silent."""
+        return {ingress: box.last_call for ingress, box in self._boxes.items()}
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """Put each output of a step into the box of its ingress."""

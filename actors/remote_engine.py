@@ -1,6 +1,7 @@
 """The scheduler actors as an engine client: submit, read one stream of outputs per pipeline, cancel, submit again."""
 
 import asyncio
+import itertools
 import logging
 from array import array
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from rayserve_sarathi.errors import EngineDeadError, OverloadedError, SarathiErr
 from rayserve_sarathi.kv.prefix_marks import PrefixMarks, marks_of_prompt
 from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
-from rayserve_sarathi.routing import group_by_prefix
+from rayserve_sarathi.routing import CallId, group_by_prefix
 from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
@@ -89,6 +90,7 @@ class RemoteEngine:
         """As many as answered last."""
         self._num_waiting = 0
         self._num_since_report = 0
+        self._call_numbers = itertools.count(1)
         self._calls: set[asyncio.Task[None]] = set()
         self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._claim())]
 
@@ -234,8 +236,9 @@ class RemoteEngine:
         if not sent:
             return
         try:
-            call = self._scheduler.submit.remote(self._ingress, [request.submission() for request in sent.values()])
-            reply: SubmitReply = await asyncio.wait_for(call, _SUBMIT_TIMEOUT_S)
+            call = CallId(self._ingress, next(self._call_numbers))
+            answer = self._scheduler.submit.remote(call, [request.submission() for request in sent.values()])
+            reply: SubmitReply = await asyncio.wait_for(answer, _SUBMIT_TIMEOUT_S)
         except Exception as error:  # whatever it is, the clients of this call must hear of it, and others be served
             logger.warning("could not submit %d requests: %r", len(sent), error)
             for attempt_id in sent:

@@ -24,6 +24,7 @@ from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.metrics import Snapshot
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
 from rayserve_sarathi.registry import import_object, load
+from rayserve_sarathi.routing import CallId
 from rayserve_sarathi.scheduling.build import max_steps_in_flight
 from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace
@@ -80,11 +81,11 @@ class SchedulerActor:
             config.transport,
         )
 
-    async def submit(self, ingress: str, submissions: list[Submission]) -> SubmitReply:
+    async def submit(self, call: CallId, submissions: list[Submission]) -> SubmitReply:
         """Queue the requests of an ingress; what is refused is said in the reply."""
         refusals: dict[str, SarathiError] = {}
         for submission in submissions:
-            self._outboxes.open(ingress, submission.request_id)
+            self._outboxes.open(call, submission.request_id)
             try:
                 self._engine.add(
                     submission.request_id,
@@ -165,6 +166,7 @@ class SchedulerActor:
             "is_ready": not self._engine.is_rebuilding,
             "prefill_backlog_tokens": state.prefill_backlog_tokens,
             "num_open_requests": state.num_requests_running + state.num_requests_waiting,
+            "last_calls": self._outboxes.last_calls(),
             "marks": self._engine.pack_marks(),
         }
 

@@ -4,13 +4,13 @@ Each pipeline has a cost, in tokens: what waits there to be computed, plus some 
 the request would find in the prefix cache; the cheapest is chosen. So a cached prefix is followed until the pipeline
 that has it lags the least loaded one by twice the tokens saved. Twice, as they are saved for all who wait there.
 
-What pipelines report is a second or two old. To it comes what was sent from here meanwhile: a burst spreads at once,
-and requests with one prefix meet from the first one on.
+What pipelines report is a second or two old. To it comes what was sent from here and that the report does not know of
+yet: a burst spreads at once, and requests with one prefix meet from the first one on.
 """
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from rayserve_sarathi.kv.prefix_marks import PrefixMarks, unpack_marks
@@ -18,8 +18,8 @@ from rayserve_sarathi.kv.prefix_marks import PrefixMarks, unpack_marks
 _PREFIX_FACTOR = 2.0
 _OPEN_REQUEST_TOKENS = 8
 """An open request costs a token of every step; with this, a short prefix that all share does not gather all of them."""
-_REPORT_LAG_S = 2.0
-"""A report knows what was sent before this long; what was sent since is added."""
+_LOST_S = 10.0
+"""A call that no report knows of after this long never came there."""
 _MEMORY_S = 30.0
 """A prompt that was sent somewhere is taken for cached there this long; by then the reports show it, if it is."""
 _MAX_REMEMBERED = 8192
@@ -37,6 +37,14 @@ class Prompt:
     prefix: PrefixMarks
 
 
+@dataclass(frozen=True, slots=True)
+class CallId:
+    """Which call it is that sends requests; an ingress numbers its calls from 1, to whichever pipeline they go."""
+
+    ingress: str
+    number: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineReport:
     """What a pipeline says of itself, every second or so."""
@@ -45,8 +53,14 @@ class PipelineReport:
     """Whether it computes; one that is being rebuilt does not."""
     prefill_backlog_tokens: int = 0
     num_open_requests: int = 0
+    last_calls: Mapping[str, int] = field(default_factory=dict)
+    """Number of the last call from each ingress; what it and those before it brought is in the other figures."""
     marks: bytes = b""
     """See `BlockManager.pack_marks`."""
+
+    def knows(self, call: CallId) -> bool:
+        """Return whether a call that was sent there is in the report."""
+        return call.number <= self.last_calls.get(call.ingress, 0)
 
 
 def group_by_prefix(items: Iterable[_T], prefix_of: Callable[[_T], PrefixMarks]) -> list[list[_T]]:
@@ -61,14 +75,21 @@ def group_by_prefix(items: Iterable[_T], prefix_of: Callable[[_T], PrefixMarks])
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    call: CallId
+    at_s: float
+    cost: int
+
+
 class _Pipeline:
     """What is known of one pipeline."""
 
     def __init__(self) -> None:
         self.report = PipelineReport()
         self.reported_marks: frozenset[bytes] = frozenset()
-        self.sent: deque[tuple[float, int]] = deque()
-        """Time and cost of what was sent there lately."""
+        self.sent: deque[_Sent] = deque()
+        """What its report does not know of yet."""
         self.remembered: OrderedDict[bytes, float] = OrderedDict()
         """Marks of what was sent there, oldest first, and when."""
         self.last_used = 0
@@ -97,9 +118,10 @@ class PipelineChooser:
             if report.marks != pipeline.report.marks:
                 pipeline.reported_marks = unpack_marks(report.marks)
             pipeline.report = report
+            pipeline.sent = deque(sent for sent in pipeline.sent if not report.knows(sent.call))
 
-    def choose(self, names: Sequence[str], prompts: Sequence[Prompt]) -> str:
-        """Return which of `names` (at least one) is to compute the prompts, and count them as sent there."""
+    def choose(self, names: Sequence[str], prompts: Sequence[Prompt], *, call: CallId | None) -> str:
+        """Return which of `names` (at least one) is to compute prompts; those of a call count as sent there."""
         now_s = self._clock()
         for name in names:
             self._forget_old(self._pipelines.setdefault(name, _Pipeline()), now_s)
@@ -107,29 +129,30 @@ class PipelineChooser:
         saved = {name: _num_saved(prompts, self._pipelines[name]) for name in ready or names}
         # Where all is equal, the one that was used longest ago: different prefixes then use all caches.
         chosen = min(saved, key=lambda name: (self._cost(name, saved[name]), self._pipelines[name].last_used))
-        self._note(self._pipelines[chosen], prompts, num_saved=saved[chosen], now_s=now_s)
+        if call is not None:
+            self._note(self._pipelines[chosen], call, prompts, num_saved=saved[chosen], now_s=now_s)
         return chosen
 
     def _cost(self, name: str, num_saved: int) -> float:
         pipeline = self._pipelines[name]
         report = pipeline.report
-        backlog = report.prefill_backlog_tokens + sum(cost for _, cost in pipeline.sent)
+        backlog = report.prefill_backlog_tokens + sum(sent.cost for sent in pipeline.sent)
         return backlog + _OPEN_REQUEST_TOKENS * report.num_open_requests - _PREFIX_FACTOR * num_saved
 
-    def _note(self, pipeline: _Pipeline, prompts: Sequence[Prompt], *, num_saved: int, now_s: float) -> None:
-        if not prompts:
-            return
+    def _note(
+        self, pipeline: _Pipeline, call: CallId, prompts: Sequence[Prompt], *, num_saved: int, now_s: float
+    ) -> None:
         self._num_chosen += 1
         pipeline.last_used = self._num_chosen
         num_tokens = sum(prompt.num_tokens for prompt in prompts)
-        pipeline.sent.append((now_s, num_tokens - num_saved + _OPEN_REQUEST_TOKENS * len(prompts)))
+        pipeline.sent.append(_Sent(call, now_s, num_tokens - num_saved + _OPEN_REQUEST_TOKENS * len(prompts)))
         for prompt in prompts:
             for mark in prompt.prefix.marks:
                 pipeline.remembered[mark] = now_s
                 pipeline.remembered.move_to_end(mark)
 
     def _forget_old(self, pipeline: _Pipeline, now_s: float) -> None:
-        while pipeline.sent and pipeline.sent[0][0] < now_s - _REPORT_LAG_S:
+        while pipeline.sent and pipeline.sent[0].at_s < now_s - _LOST_S:
             pipeline.sent.popleft()
         remembered = pipeline.remembered
         while remembered and (len(remembered) > _MAX_REMEMBERED or next(iter(remembered.values())) < now_s - _MEMORY_S):

@@ -1,9 +1,14 @@
 """Which pipeline a request goes to."""
 
+import itertools
 from array import array
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
 
 from rayserve_sarathi.kv.prefix_marks import PrefixMarks, marks_of_prompt
-from rayserve_sarathi.routing import PipelineChooser, PipelineReport, Prompt, group_by_prefix
+from rayserve_sarathi.routing import CallId, PipelineChooser, PipelineReport, Prompt, group_by_prefix
 
 BLOCK_SIZE = 4
 
@@ -27,10 +32,34 @@ def having(*prompts: Prompt, backlog: int = 0, num_open: int = 0, is_ready: bool
     return PipelineReport(is_ready=is_ready, prefill_backlog_tokens=backlog, num_open_requests=num_open, marks=marks)
 
 
-def chooser_of(clock: Clock | None = None, **reports: PipelineReport) -> PipelineChooser:
-    chooser = PipelineChooser(clock=clock or Clock())
-    chooser.update(reports)
-    return chooser
+class Ingress:
+    """Numbers its calls, and has no other way to learn of pipelines than their reports."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.chooser = PipelineChooser(clock=clock or Clock())
+        self.numbers = itertools.count(1)
+        self.last_calls: dict[str, int] = {}
+
+    def choose(self, names: str, prompts: list[Prompt]) -> str:
+        number = next(self.numbers)
+        chosen = self.chooser.choose(names, prompts, call=CallId("ingress", number))
+        self.last_calls[chosen] = number
+        return chosen
+
+    def hear(self, reports: Mapping[str, PipelineReport]) -> None:
+        """Hear from pipelines that know of all that was sent."""
+        self.chooser.update(
+            {
+                name: replace(report, last_calls={"ingress": self.last_calls.get(name, 0), "another": 10_000})
+                for name, report in reports.items()
+            }
+        )
+
+
+def chooser_of(clock: Clock | None = None, **reports: PipelineReport) -> Ingress:
+    ingress = Ingress(clock)
+    ingress.hear(reports)
+    return ingress
 
 
 def test_a_request_goes_where_its_prefix_is_cached():
@@ -80,14 +109,51 @@ def test_a_burst_of_different_prompts_spreads_before_any_report():
 
 
 def test_different_prompts_one_after_another_use_all_pipelines():
-    clock = Clock()
-    chooser = chooser_of(clock, a=having(), b=having())
+    chooser = chooser_of(a=having(), b=having())
     chosen = []
     for index in range(4):
-        clock.now_s += 10  # what was sent before has been computed
         chosen.append(chooser.choose("ab", [prompt(index)]))
+        chooser.hear({"a": having(), "b": having()})  # it has been computed
 
     assert sorted(chosen) == list("aabb")
+
+
+@pytest.mark.parametrize("reported_after", range(20))
+def test_a_report_counts_once_what_it_knows(reported_after: int):
+    """Four prefixes, of which each fills a cache that a report finds while it computes one of them."""
+    chooser = chooser_of(a=having(), b=having())
+    chosen = []
+    for index in range(20):
+        chosen.append(chooser.choose("ab", [prompt(index // 5, 168)]))
+        if index == reported_after:
+            reports = {"a": having(), "b": having()}
+            chooser.hear({**reports, chosen[-1]: having(backlog=168, num_open=1)})
+
+    assert sorted(chosen) == ["a"] * 10 + ["b"] * 10
+    assert all(len(set(chosen[first : first + 5])) == 1 for first in range(0, 20, 5))
+
+
+def test_what_was_sent_counts_until_a_report_knows_of_it_or_it_is_lost():
+    def next_of(*, after_s: float, last_calls: dict[str, int]) -> str:
+        clock = Clock()
+        chooser = PipelineChooser(clock=clock)
+        chooser.update({"a": having(), "b": having(num_open=2)})
+        assert chooser.choose("ab", [prompt(1)], call=CallId("ingress", 7)) == "a"
+        clock.now_s = after_s
+        chooser.update({"a": replace(having(), last_calls=last_calls), "b": having(num_open=2)})
+        return chooser.choose("ab", [prompt(2)], call=CallId("ingress", 8))
+
+    assert next_of(after_s=9, last_calls={}) == "b"
+    assert next_of(after_s=9, last_calls={"ingress": 6, "another": 7}) == "b"
+    assert next_of(after_s=9, last_calls={"ingress": 7}) == "a"
+    assert next_of(after_s=11, last_calls={}) == "a"
+
+
+def test_a_question_counts_for_nothing():
+    chooser = PipelineChooser(clock=Clock())
+    chooser.update({"a": having(), "b": having(num_open=2)})
+
+    assert [chooser.choose("ab", [], call=None) for _ in range(20)] == ["a"] * 20
 
 
 def test_what_was_sent_long_ago_is_believed_only_if_it_is_reported():
@@ -107,14 +173,14 @@ def test_a_pipeline_that_is_rebuilt_gets_nothing_while_another_computes():
 
 
 def test_a_pipeline_that_has_not_reported_takes_requests():
-    assert PipelineChooser(clock=Clock()).choose("a", [prompt(1)]) == "a"
+    assert chooser_of().choose("a", [prompt(1)]) == "a"
 
 
 def test_a_pipeline_that_is_gone_and_back_is_a_new_one():
     chooser = chooser_of(a=having(), b=having())
     assert chooser.choose("ab", [prompt(1)]) == "a"
-    chooser.update({"b": having()})
-    chooser.update({"a": having(), "b": having()})
+    chooser.hear({"b": having()})
+    chooser.hear({"a": having(), "b": having()})
 
     assert chooser.choose("ba", [prompt(1)]) == "b"
 

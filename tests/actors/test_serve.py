@@ -97,6 +97,36 @@ def test_a_ray_handle_gets_the_same_by_the_example_of_the_readme(
     assert streamed.rstrip("\n") == greedy_texts[5].rstrip("\n")
 
 
+async def test_a_pipeline_reports_which_calls_are_in_its_report(
+    server: Server, client: openai.AsyncOpenAI, tmp_path: Path
+):
+    (tmp_path / "calls.py").write_text(
+        """
+import ray
+from ray import serve
+
+ray.init(namespace="serve")
+scheduler = serve.get_deployment_handle("SchedulerActor", "test")
+[report] = scheduler.broadcast("record_routing_stats").results(timeout_s=30)
+print(max(report["last_calls"].values()))
+"""
+    )
+
+    async def last_call() -> int:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(tmp_path / "calls.py"), env=server.client_environment, stdout=subprocess.PIPE
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 120)
+        return int(output)
+
+    await complete(client, PROMPTS[0])
+    before = await last_call()
+    for prompt in PROMPTS[:3]:
+        await complete(client, prompt)
+
+    assert await last_call() == before + 3
+
+
 def test_a_call_to_a_pipeline_that_is_gone_fails_and_holds_up_no_other(server: Server, tmp_path: Path):
     (tmp_path / "calls.py").write_text(
         """

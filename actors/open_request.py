@@ -8,6 +8,7 @@ from rayserve_sarathi.actors.messages import Submission
 from rayserve_sarathi.errors import SarathiError
 from rayserve_sarathi.kv.prefix_marks import PrefixMarks
 from rayserve_sarathi.request import RequestOutput, SamplingParams
+from rayserve_sarathi.routing import Call
 
 
 class OpenRequest:
@@ -39,6 +40,8 @@ class OpenRequest:
         self._outputs: asyncio.Queue[RequestOutput | SarathiError] = asyncio.Queue()
         self._num_attempts = 0
         self._waits_since_s: float | None = None
+        self._call: Call | None = None
+        self._is_answered = False
         self.attempt_id = ""
         self.pipeline: str | None = None
         """Where it is; None on the way there."""
@@ -59,7 +62,25 @@ class OpenRequest:
         self._num_attempts += 1
         self.attempt_id = self._request_id if self._num_attempts == 1 else f"{self._request_id}~{self._num_attempts}"
         self.pipeline = None
+        self.leave_call()
         return self.attempt_id
+
+    def join(self, call: Call) -> None:
+        """Travel with a call, and count in it what comes of this request."""
+        self._call = call
+        self._is_answered = False
+
+    def leave_call(self) -> None:
+        """Count as neither waiting nor open any longer."""
+        if self._call is not None:
+            self._note_answer()
+            self._call.num_open -= 1
+            self._call = None
+
+    def _note_answer(self) -> None:
+        if self._call is not None and not self._is_answered:
+            self._is_answered = True
+            self._call.num_waiting -= 1
 
     def settle(self, pipeline: str) -> None:
         """Hear which pipeline has taken it."""
@@ -86,11 +107,15 @@ class OpenRequest:
         self._token_ids.extend(output.token_ids)
         self.num_losses = 0
         self._waits_since_s = None
+        self._note_answer()
         self.is_finished = output.finish_reason is not None
+        if self.is_finished:
+            self.leave_call()
         self._outputs.put_nowait(output)
 
     def fail(self, error: SarathiError) -> None:
         """Let the reader have an error after what has come."""
+        self.leave_call()
         self._outputs.put_nowait(error)
 
     def waits_since(self, now_s: float) -> float:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from rayserve_sarathi.request import RequestOutput
-from rayserve_sarathi.routing import CallId
+from rayserve_sarathi.routing import Call
 
 _LINGER_S = 1.0
 """A stream of outputs ends after this long without an open request, so that a draining replica has no calls left.
@@ -36,7 +36,7 @@ class Outboxes:
         self._boxes: dict[str, _Outbox] = {}
         self._box_of: dict[str, _Outbox] = {}
 
-    def open(self, call: CallId, request_id: str) -> None:
+    def open(self, call: Call, request_id: str) -> None:
         """Begin to collect the outputs of a request that came by a call of an ingress."""
         box = self._boxes.get(call.ingress)
         if box is None:

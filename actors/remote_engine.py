@@ -20,7 +20,7 @@ from rayserve_sarathi.errors import EngineDeadError, OverloadedError, SarathiErr
 from rayserve_sarathi.kv.prefix_marks import PrefixMarks, marks_of_prompt
 from rayserve_sarathi.metrics import Snapshot, render
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
-from rayserve_sarathi.routing import CallId, group_by_prefix
+from rayserve_sarathi.routing import Call, group_by_prefix
 from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace
 
@@ -201,6 +201,7 @@ class RemoteEngine:
     def _close(self, request: OpenRequest) -> bool:
         """Forget a request; return whether it was open."""
         request.is_closed = True
+        request.leave_call()
         return self._open.pop(request.attempt_id, None) is not None
 
     def _cancel(self, request: OpenRequest) -> None:
@@ -236,7 +237,9 @@ class RemoteEngine:
         if not sent:
             return
         try:
-            call = CallId(self._ingress, next(self._call_numbers))
+            call = Call(self._ingress, next(self._call_numbers), num_waiting=len(sent), num_open=len(sent))
+            for request in sent.values():
+                request.join(call)
             answer = self._scheduler.submit.remote(call, [request.submission() for request in sent.values()])
             reply: SubmitReply = await asyncio.wait_for(answer, _SUBMIT_TIMEOUT_S)
         except Exception as error:  # whatever it is, the clients of this call must hear of it, and others be served

@@ -8,7 +8,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from rayserve_sarathi.actors.messages import Submission
-from rayserve_sarathi.routing import CallId, PipelineChooser, PipelineReport, Prompt
+from rayserve_sarathi.routing import Call, PipelineChooser, PipelineReport, Prompt
 
 _MAX_DEPARTED = 64
 _RETRY_S = 0.1
@@ -63,7 +63,8 @@ class PipelineRouter(RequestRouter):
         # Otherwise Serve asks again without ever yielding, and no other call of this process gets through.
         pending_request.routing_context.should_backoff = True
         running = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        call = next((argument for argument in pending_request.args if isinstance(argument, CallId)), None)
+        # The caller's own object, which it goes on counting in.
+        call = next((argument for argument in pending_request.args if isinstance(argument, Call)), None)
         best = self._chooser.choose(list(running), _prompts_of(pending_request), call=call)
         return [[running.pop(best)], list(running.values())]
 

@@ -24,7 +24,7 @@ from rayserve_sarathi.execution.pipeline import Pipeline
 from rayserve_sarathi.metrics import Snapshot
 from rayserve_sarathi.models.resolve import ModelInfo, resolve_model
 from rayserve_sarathi.registry import import_object, load
-from rayserve_sarathi.routing import CallId
+from rayserve_sarathi.routing import Call
 from rayserve_sarathi.scheduling.build import max_steps_in_flight
 from rayserve_sarathi.scheduling.late_tokens import LateGap, LateReport
 from rayserve_sarathi.step_log import PipelineTrace
@@ -81,7 +81,7 @@ class SchedulerActor:
             config.transport,
         )
 
-    async def submit(self, call: CallId, submissions: list[Submission]) -> SubmitReply:
+    async def submit(self, call: Call, submissions: list[Submission]) -> SubmitReply:
         """Queue the requests of an ingress; what is refused is said in the reply."""
         refusals: dict[str, SarathiError] = {}
         for submission in submissions:

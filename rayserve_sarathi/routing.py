@@ -4,8 +4,8 @@ Each pipeline has a cost, in tokens: what waits there to be computed, plus some 
 the request would find in the prefix cache; the cheapest is chosen. So a cached prefix is followed until the pipeline
 that has it lags the least loaded one by twice the tokens saved. Twice, as they are saved for all who wait there.
 
-What pipelines report is a second or two old. To it comes what was sent from here and that the report does not know of
-yet: a burst spreads at once, and requests with one prefix meet from the first one on.
+What pipelines report is a second or two old. To it comes what was sent from here that the report does not know of and
+that has not been answered: a burst spreads at once, and requests with one prefix meet from the first one on.
 """
 
 from collections import OrderedDict, deque
@@ -37,12 +37,18 @@ class Prompt:
     prefix: PrefixMarks
 
 
-@dataclass(frozen=True, slots=True)
-class CallId:
-    """Which call it is that sends requests; an ingress numbers its calls from 1, to whichever pipeline they go."""
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call that brings requests; an ingress numbers its calls from 1, to whichever pipeline they go.
+
+    The ingress counts down as answers come, which the router of its process sees; a pipeline gets a copy.
+    """
 
     ingress: str
     number: int
+    num_waiting: int
+    """Requests without an output."""
+    num_open: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,7 @@ class PipelineReport:
     marks: bytes = b""
     """See `BlockManager.pack_marks`."""
 
-    def knows(self, call: CallId) -> bool:
+    def knows(self, call: Call) -> bool:
         """Return whether a call that was sent there is in the report."""
         return call.number <= self.last_calls.get(call.ingress, 0)
 
@@ -77,9 +83,13 @@ def group_by_prefix(items: Iterable[_T], prefix_of: Callable[[_T], PrefixMarks])
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    call: CallId
+    call: Call
     at_s: float
-    cost: int
+    num_tokens: float
+    """To be computed, of each request."""
+
+    def cost(self) -> float:
+        return self.num_tokens * self.call.num_waiting + _OPEN_REQUEST_TOKENS * self.call.num_open
 
 
 class _Pipeline:
@@ -118,9 +128,9 @@ class PipelineChooser:
             if report.marks != pipeline.report.marks:
                 pipeline.reported_marks = unpack_marks(report.marks)
             pipeline.report = report
-            pipeline.sent = deque(sent for sent in pipeline.sent if not report.knows(sent.call))
+            pipeline.sent = deque(sent for sent in pipeline.sent if sent.call.num_open and not report.knows(sent.call))
 
-    def choose(self, names: Sequence[str], prompts: Sequence[Prompt], *, call: CallId | None) -> str:
+    def choose(self, names: Sequence[str], prompts: Sequence[Prompt], *, call: Call | None) -> str:
         """Return which of `names` (at least one) is to compute prompts; those of a call count as sent there."""
         now_s = self._clock()
         for name in names:
@@ -136,16 +146,16 @@ class PipelineChooser:
     def _cost(self, name: str, num_saved: int) -> float:
         pipeline = self._pipelines[name]
         report = pipeline.report
-        backlog = report.prefill_backlog_tokens + sum(sent.cost for sent in pipeline.sent)
+        backlog = report.prefill_backlog_tokens + sum(sent.cost() for sent in pipeline.sent)
         return backlog + _OPEN_REQUEST_TOKENS * report.num_open_requests - _PREFIX_FACTOR * num_saved
 
     def _note(
-        self, pipeline: _Pipeline, call: CallId, prompts: Sequence[Prompt], *, num_saved: int, now_s: float
+        self, pipeline: _Pipeline, call: Call, prompts: Sequence[Prompt], *, num_saved: int, now_s: float
     ) -> None:
         self._num_chosen += 1
         pipeline.last_used = self._num_chosen
-        num_tokens = sum(prompt.num_tokens for prompt in prompts)
-        pipeline.sent.append(_Sent(call, now_s, num_tokens - num_saved + _OPEN_REQUEST_TOKENS * len(prompts)))
+        num_tokens = sum(prompt.num_tokens for prompt in prompts) - num_saved
+        pipeline.sent.append(_Sent(call, now_s, num_tokens / len(prompts)))
         for prompt in prompts:
             for mark in prompt.prefix.marks:
                 pipeline.remembered[mark] = now_s

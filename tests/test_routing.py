@@ -5,10 +5,8 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import replace
 
-import pytest
-
 from rayserve_sarathi.kv.prefix_marks import PrefixMarks, marks_of_prompt
-from rayserve_sarathi.routing import CallId, PipelineChooser, PipelineReport, Prompt, group_by_prefix
+from rayserve_sarathi.routing import Call, PipelineChooser, PipelineReport, Prompt, group_by_prefix
 
 BLOCK_SIZE = 4
 
@@ -33,32 +31,35 @@ def having(*prompts: Prompt, backlog: int = 0, num_open: int = 0, is_ready: bool
 
 
 class Ingress:
-    """Numbers its calls, and has no other way to learn of pipelines than their reports."""
+    """Sends calls, hears of pipelines."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self.chooser = PipelineChooser(clock=clock or Clock())
-        self.numbers = itertools.count(1)
-        self.last_calls: dict[str, int] = {}
+        self.calls: list[Call] = []
+        self.known: dict[str, int] = {}
+        """By pipeline, the last call that its last report knows of."""
 
     def choose(self, names: str, prompts: list[Prompt]) -> str:
-        number = next(self.numbers)
-        chosen = self.chooser.choose(names, prompts, call=CallId("ingress", number))
-        self.last_calls[chosen] = number
-        return chosen
-
-    def hear(self, reports: Mapping[str, PipelineReport]) -> None:
-        """Hear from pipelines that know of all that was sent."""
-        self.chooser.update(
-            {
-                name: replace(report, last_calls={"ingress": self.last_calls.get(name, 0), "another": 10_000})
-                for name, report in reports.items()
-            }
+        self.calls.append(
+            Call("ingress", len(self.calls) + 1, num_waiting=len(prompts), num_open=len(prompts)),
         )
+        return self.chooser.choose(names, prompts, call=self.calls[-1])
+
+    def hear(self, reports: Mapping[str, PipelineReport], *, knowing: str) -> None:
+        """Hear from pipelines; the reports of those in `knowing` are new, and know of all that was sent."""
+        self.known.update(dict.fromkeys(knowing, len(self.calls)))
+        last_calls = {name: {"ingress": self.known.get(name, 0), "another": 10_000} for name in reports}
+        self.chooser.update({name: replace(report, last_calls=last_calls[name]) for name, report in reports.items()})
+
+    def hear_answers(self) -> None:
+        """Get all that is open answered to the end."""
+        for call in self.calls:
+            call.num_waiting = call.num_open = 0
 
 
 def chooser_of(clock: Clock | None = None, **reports: PipelineReport) -> Ingress:
     ingress = Ingress(clock)
-    ingress.hear(reports)
+    ingress.hear(reports, knowing="")
     return ingress
 
 
@@ -113,24 +114,40 @@ def test_different_prompts_one_after_another_use_all_pipelines():
     chosen = []
     for index in range(4):
         chosen.append(chooser.choose("ab", [prompt(index)]))
-        chooser.hear({"a": having(), "b": having()})  # it has been computed
+        chooser.hear({"a": having(), "b": having()}, knowing="ab")  # it has been computed
 
     assert sorted(chosen) == list("aabb")
 
 
-@pytest.mark.parametrize("reported_after", range(20))
-def test_a_report_counts_once_what_it_knows(reported_after: int):
-    """Four prefixes, of which each fills a cache that a report finds while it computes one of them."""
-    chooser = chooser_of(a=having(), b=having())
-    chosen = []
-    for index in range(20):
-        chosen.append(chooser.choose("ab", [prompt(index // 5, 168)]))
-        if index == reported_after:
-            reports = {"a": having(), "b": having()}
-            chooser.hear({**reports, chosen[-1]: having(backlog=168, num_open=1)})
+def test_requests_one_after_another_follow_their_prefix_whenever_pipelines_report():
+    """Four prefixes, five requests each, each of them answered before the next; each pipeline reports once."""
+    for moments in itertools.product(range(20), repeat=2):
+        chooser = chooser_of(a=having(), b=having())
+        heard = {"a": having(), "b": having()}
+        chosen: list[str] = []
+        for index in range(20):
+            chosen.append(chooser.choose("ab", [prompt(index // 5, 168)]))
+            for name, moment in zip("ab", moments, strict=True):
+                if index == moment:  # while the newest request is computed
+                    backlog = 0 if index % 5 else 168
+                    heard[name] = having(backlog=backlog, num_open=1) if chosen[-1] == name else having()
+                    chooser.hear(heard, knowing=name)
+            chooser.hear_answers()
 
-    assert sorted(chosen) == ["a"] * 10 + ["b"] * 10
-    assert all(len(set(chosen[first : first + 5])) == 1 for first in range(0, 20, 5))
+        assert all(len(set(chosen[first : first + 5])) == 1 for first in range(0, 20, 5)), moments
+        assert set(chosen) == set("ab"), moments
+
+
+def test_what_is_answered_counts_as_open_until_it_ends():
+    chooser = chooser_of(a=having(), b=having(num_open=3))
+    assert chooser.choose("ab", [prompt(1), prompt(1)]) == "a"
+    [call] = chooser.calls
+    call.num_waiting = 0
+    assert chooser.choose("ab", [prompt(2)]) == "a"
+    assert chooser.choose("ab", [prompt(3)]) == "b"
+    chooser.hear_answers()
+
+    assert chooser.choose("ab", [prompt(4)]) == "a"
 
 
 def test_what_was_sent_counts_until_a_report_knows_of_it_or_it_is_lost():
@@ -138,10 +155,10 @@ def test_what_was_sent_counts_until_a_report_knows_of_it_or_it_is_lost():
         clock = Clock()
         chooser = PipelineChooser(clock=clock)
         chooser.update({"a": having(), "b": having(num_open=2)})
-        assert chooser.choose("ab", [prompt(1)], call=CallId("ingress", 7)) == "a"
+        assert chooser.choose("ab", [prompt(1)], call=Call("ingress", 7, num_waiting=1, num_open=1)) == "a"
         clock.now_s = after_s
         chooser.update({"a": replace(having(), last_calls=last_calls), "b": having(num_open=2)})
-        return chooser.choose("ab", [prompt(2)], call=CallId("ingress", 8))
+        return chooser.choose("ab", [prompt(2)], call=Call("ingress", 8, num_waiting=1, num_open=1))
 
     assert next_of(after_s=9, last_calls={}) == "b"
     assert next_of(after_s=9, last_calls={"ingress": 6, "another": 7}) == "b"
@@ -179,8 +196,8 @@ def test_a_pipeline_that_has_not_reported_takes_requests():
 def test_a_pipeline_that_is_gone_and_back_is_a_new_one():
     chooser = chooser_of(a=having(), b=having())
     assert chooser.choose("ab", [prompt(1)]) == "a"
-    chooser.hear({"b": having()})
-    chooser.hear({"a": having(), "b": having()})
+    chooser.hear({"b": having()}, knowing="b")
+    chooser.hear({"a": having(), "b": having()}, knowing="ab")
 
     assert chooser.choose("ba", [prompt(1)]) == "b"
 

@@ -13,7 +13,7 @@ from rayserve_sarathi.actors.messages import Submission
 from rayserve_sarathi.actors.router import PipelineRouter
 from rayserve_sarathi.kv.prefix_marks import marks_of_prompt
 from rayserve_sarathi.request import SamplingParams
-from rayserve_sarathi.routing import CallId
+from rayserve_sarathi.routing import Call
 
 DEPLOYMENT = DeploymentID(name="SchedulerActor", app_name="test")
 PROMPTS = [array("i", [index] * 100) for index in range(4)]
@@ -46,6 +46,10 @@ def call(*args: object, **kwargs: object) -> PendingRequest:
     )
 
 
+def submit(number: int, prompt: "array[int]") -> PendingRequest:
+    return call(Call("ingress", number, num_waiting=1, num_open=1), [submission(prompt)])
+
+
 async def chosen(router: PipelineRouter, pending: PendingRequest) -> str:
     """Return which replica a call goes to, by the method that Serve calls."""
     replica = await router._choose_replica_for_request(pending)
@@ -64,17 +68,17 @@ async def test_submissions_follow_what_pipelines_say_of_themselves(router: Pipel
     packed = [b"".join(submission(prompt).prefix.marks) for prompt in PROMPTS]
     router.update_replicas([Replica("a", {"marks": packed[0]}), Replica("b", {"marks": packed[1]})])
 
-    assert await chosen(router, call(CallId("ingress", 1), [submission(PROMPTS[1])])) == "b"
-    assert await chosen(router, call(CallId("ingress", 1), [submission(PROMPTS[0])])) == "a"
+    assert await chosen(router, submit(1, PROMPTS[1])) == "b"
+    assert await chosen(router, submit(1, PROMPTS[0])) == "a"
 
 
 async def test_what_was_sent_counts_until_its_pipeline_reports_that_call(router: PipelineRouter):
     router.update_replicas([Replica("a"), Replica("b", {"num_open_requests": 2})])
-    assert await chosen(router, call(CallId("ingress", 1), [submission(PROMPTS[0])])) == "a"
-    assert await chosen(router, call(CallId("ingress", 2), [submission(PROMPTS[1])])) == "b"
+    assert await chosen(router, submit(1, PROMPTS[0])) == "a"
+    assert await chosen(router, submit(2, PROMPTS[1])) == "b"
     router.update_replicas([Replica("a", {"last_calls": {"ingress": 1}}), Replica("b", {"num_open_requests": 2})])
 
-    assert await chosen(router, call(CallId("ingress", 3), [submission(PROMPTS[2])])) == "a"
+    assert await chosen(router, submit(3, PROMPTS[2])) == "a"
 
 
 async def test_a_call_that_names_its_pipeline_goes_there(router: PipelineRouter):
@@ -85,7 +89,7 @@ async def test_a_pipeline_that_drains_hears_its_name_and_gets_nothing_else(route
     router.update_replicas([Replica("b")])
 
     assert await chosen(router, call(pipeline="a")) == "a"
-    assert {await chosen(router, call(CallId("ingress", 1), [submission(prompt)])) for prompt in PROMPTS} == {"b"}
+    assert {await chosen(router, submit(1, prompt)) for prompt in PROMPTS} == {"b"}
 
 
 async def test_the_last_pipeline_hears_its_name_while_it_drains(router: PipelineRouter):
@@ -104,8 +108,6 @@ async def test_a_call_for_a_pipeline_that_is_gone_fails_at_once(router: Pipeline
 
 
 async def test_if_the_best_pipeline_does_not_answer_another_is_tried(router: PipelineRouter):
-    ranks = await router.choose_replicas(
-        list(router.curr_replicas.values()), call(CallId("ingress", 1), [submission(PROMPTS[0])])
-    )
+    ranks = await router.choose_replicas(list(router.curr_replicas.values()), submit(1, PROMPTS[0]))
 
     assert sorted(replica.name for rank in ranks for replica in rank) == ["a", "b"]

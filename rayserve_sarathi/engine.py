@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -348,12 +349,17 @@ class Engine:
         logger.info("the pipeline is back after %.1f s; %d requests go on", self._clock() - begin_s, num_requests)
 
     async def _submit_steps(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             self._wake.clear()
             while (step := self._scheduler.schedule(self._clock())) is not None:
                 self._steps.note_submit(step, self._clock())
                 await self._pipeline.submit(step)
+            due_s = self._scheduler.ahead_due_s - self._clock()
+            alarm = loop.call_later(due_s, self._wake.set) if 0 < due_s < math.inf else None
             await self._wake.wait()
+            if alarm is not None:
+                alarm.cancel()
 
     async def _receive_steps(self) -> None:
         num_failures = 0

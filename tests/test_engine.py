@@ -15,6 +15,7 @@ from rayserve_sarathi.engine import Engine, RebuildLimit
 from rayserve_sarathi.errors import EngineDeadError, PipelineFaultError
 from rayserve_sarathi.local_engine import LocalEngine, Mailboxes
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
+from rayserve_sarathi.scheduling.ahead import AHEAD_S
 from rayserve_sarathi.step import StageTiming, StepFault, StepInput, StepOutput
 from tests.factories import HashModel, expected, make_scheduler
 
@@ -100,6 +101,22 @@ async def running(**settings: object) -> AsyncIterator[tuple[LocalEngine, Script
     scheduler = make_scheduler(**settings)  # type: ignore[arg-type]
     async with LocalEngine(scheduler, pipeline, eos_token_ids=(), model_name="m") as engine:
         yield engine, pipeline
+
+
+async def test_the_step_after_a_long_one_is_submitted_before_that_comes_back():
+    async with running(is_async=True) as (engine, pipeline):
+        pipeline.may_return.clear()
+        first = asyncio.create_task(collect(engine, "first", max_tokens=1))
+        await pipeline.wait_until_submitted(1)
+        await asyncio.sleep(2 * AHEAD_S)  # so long steps take here, as far as is known
+        pipeline.may_return.set()
+        await first
+        pipeline.may_return.clear()
+        second = asyncio.create_task(collect(engine, "second", max_tokens=2))
+        await pipeline.wait_until_submitted(3)
+        pipeline.may_return.set()
+
+        assert tokens_of(await second) == expected(PROMPT, 2)
 
 
 class Supervised:

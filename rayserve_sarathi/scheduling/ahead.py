@@ -1,10 +1,10 @@
-"""Whether a step is made up while the one before it runs, which is worth it where steps are short."""
+"""When a step is made up while the one before it runs, so that no stage waits for the scheduler."""
 
 import math
 
-AHEAD_OF_STEP_S = 0.02
-"""Steps that take less have the next one made up meanwhile. After a longer one a part of a millisecond on the host does
-not matter, but to a request that arrives meanwhile it would that the next step is made up already."""
+AHEAD_S = 0.01
+"""So long before a step is believed to end, the next one is made up: many times what that takes, as steps vary and
+event loops are late. Not earlier, as a request that arrives after that waits for the step after the next."""
 _RATE = 0.2
 
 
@@ -15,10 +15,9 @@ class Ahead:
         self._step_s = math.inf  # of the last steps, on average; not known before the first
         self._last_back_s = -math.inf
 
-    @property
-    def is_worth_it(self) -> bool:
-        """Whether the step after the one in flight should be made up now."""
-        return self._step_s < AHEAD_OF_STEP_S
+    def due_s(self, launched_s: float) -> float:
+        """Return when to make up the step after the newest one, which was made up at `launched_s`; inf if never."""
+        return max(launched_s, self._last_back_s) + self._step_s - AHEAD_S
 
     def note(self, launched_s: float, back_s: float) -> None:
         """Note when a step was made up, and when it came back."""

@@ -54,8 +54,8 @@ class Scheduler(ABC):
         epoch: Generation of the pipeline that the steps are for.
         slo: The target for the time between tokens.
         prior: What steps take, as far as that is known, for `token_budget: auto` to begin with.
-        is_async: Whether the step after a short one is made up while that one runs, beyond `max_steps_in_flight`, of
-            tokens that are not known yet. For a pipeline of one stage, which has nothing to do meanwhile.
+        is_async: Whether a step is made up while the one before it runs, beyond `max_steps_in_flight`, of tokens that
+            are not known yet. For a pipeline of one stage, which has nothing to do meanwhile.
     """
 
     def __init__(
@@ -283,6 +283,13 @@ class Scheduler(ABC):
             self._put_back(request, "rebuild")
         self._blocks.forget_content()
         self.epoch += 1
+
+    @property
+    def ahead_due_s(self) -> float:
+        """When to schedule again though nothing has come back: the step after the one in flight; inf if never."""
+        if self._ahead is None or len(self._in_flight) != 1:
+            return math.inf
+        return self._ahead.due_s(next(iter(self._in_flight.values())).launched_s)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -529,8 +536,7 @@ class Scheduler(ABC):
         return share
 
     def _plan(self, now_s: float) -> StepPlan | None:
-        goes_ahead = self._ahead is not None and self._ahead.is_worth_it
-        if len(self._in_flight) >= self._max_steps_in_flight + goes_ahead:
+        if len(self._in_flight) >= self._max_steps_in_flight and now_s < self.ahead_due_s:
             return None
         self._just_preempted = False
         self._now_s = now_s

@@ -1,12 +1,13 @@
 """Steps that are scheduled while the one before them runs, of tokens that are not known yet."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rayserve_sarathi.request import FinishReason
-from rayserve_sarathi.scheduling.ahead import AHEAD_OF_STEP_S
+from rayserve_sarathi.scheduling.ahead import AHEAD_S
 from rayserve_sarathi.step import StepFault, StepInput, StepOutput
 from tests.factories import expected, make_request, make_scheduler
 from tests.scheduling.driver import Driver
@@ -16,7 +17,7 @@ from tests.scheduling.true_times import ImaginedDevice
 PROMPT = [1, 2, 3, 4, 5]
 
 
-def make_driver(*, step_s: float = AHEAD_OF_STEP_S / 2, num_blocks: int = 64, **config: Any) -> Driver:
+def make_driver(*, step_s: float = AHEAD_S / 2, num_blocks: int = 64, **config: Any) -> Driver:
     """Make a driver whose first step, of a request that is gone, has come back: it knows how long steps take."""
     scheduler = make_scheduler(is_async=True, num_blocks=num_blocks, **config)
     driver = Driver(scheduler, num_blocks=num_blocks, block_size=4, step_s=step_s)
@@ -96,14 +97,28 @@ def test_an_aborted_request_keeps_its_blocks_until_both_steps_are_back():
     assert driver.tokens["a"] == []
 
 
-def test_after_long_steps_the_next_one_waits_for_its_tokens():
-    driver = make_driver(step_s=2 * AHEAD_OF_STEP_S)
+def test_the_step_after_a_long_one_is_made_up_shortly_before_that_ends_and_takes_who_came_meanwhile():
+    driver = make_driver(step_s=5 * AHEAD_S)
     driver.add(make_request("a", prompt=PROMPT, max_tokens=4))
     submit(driver)
-
     assert driver.submit() is None
-    driver.run()
-    assert not any(pending_of(step) for step in driver.steps)
+    assert driver.scheduler.ahead_due_s == pytest.approx(driver.now_s + 4 * AHEAD_S)
+    driver.add(make_request("b", prompt=[7, 8], max_tokens=4))
+    driver.now_s = driver.scheduler.ahead_due_s
+
+    assert pending_of(submit(driver)) == {"a": 0}
+    assert driver.steps[-1].request_ids == ("a", "b")
+    assert driver.scheduler.ahead_due_s == math.inf, "two steps are in flight"
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["not-asked-for", "before-the-first-has-come-back"])
+def test_no_step_is_made_up_ahead(is_async: bool):
+    scheduler = make_scheduler(is_async=is_async)
+    scheduler.add(make_request("a", prompt=PROMPT, max_tokens=4))
+    scheduler.schedule(0.0)
+
+    assert scheduler.ahead_due_s == math.inf
+    assert scheduler.schedule(1e9) is None
 
 
 def test_the_oldest_gets_the_next_block_though_newer_ones_could_go_on():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rayserve_sarathi.config import SloConfig
 from rayserve_sarathi.request import FinishReason, Request
 from rayserve_sarathi.scheduling import SCHEDULERS
-from rayserve_sarathi.scheduling.ahead import AHEAD_OF_STEP_S
+from rayserve_sarathi.scheduling.ahead import AHEAD_S
 from rayserve_sarathi.scheduling.base import Scheduler
 from tests.factories import expected, make_request, make_scheduler
 from tests.scheduling.driver import Driver
@@ -56,7 +56,7 @@ def test_random_traffic(policy: str, is_auto: bool, case: dict):
     case = dict(case)
     if case["is_async"]:
         case |= {"max_steps_in_flight": 1, "num_decode_groups": 1}
-    step_s = 0.5 * AHEAD_OF_STEP_S if case["is_async"] else 1.0
+    step_s = 0.5 * AHEAD_S if case["is_async"] else 1.0
     target_steps = case.pop("target_steps")
     case["slo"] = SloConfig(tbt_s=target_steps and target_steps * step_s)
     if is_auto:

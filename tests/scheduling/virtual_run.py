@@ -57,8 +57,9 @@ def run_virtually(scheduler: Scheduler, requests: Sequence[Request], times_s: Tr
             free_s = free_s or [0.0] * len(times)
             in_flight.append((step, _pass_stages(now_s, times, free_s)))
         back_s = in_flight[0][1][-1].end_s if in_flight else np.inf
-        if arriving and arriving[0].arrival_s < back_s:
-            now_s = arriving[0].arrival_s
+        next_s = min(arriving[0].arrival_s if arriving else np.inf, scheduler.ahead_due_s)
+        if now_s < next_s < back_s:
+            now_s = next_s
             continue
         step, timings = in_flight.popleft()
         now_s = back_s

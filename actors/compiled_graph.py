@@ -72,7 +72,9 @@ class CompiledGraphTransport:
             try:
                 if self._graph is None:
                     await self._compile()
-                self._inside.put_nowait((step, await self._graph.execute_async(step)))
+                self._inside.put_nowait(
+                    (step, await self._graph.execute_async(pickle.dumps(step, pickle.HIGHEST_PROTOCOL)))
+                )
             except _GRAPH_ERRORS as error:
                 raise _fault(error) from error
 

@@ -11,7 +11,7 @@ import ray
 from rayserve_sarathi.actors.logs import log_to_stderr
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.registry import import_object
-from rayserve_sarathi.step import StepInput, StepOutput
+from rayserve_sarathi.step import StepOutput
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's __all__
@@ -89,14 +89,17 @@ class StageActor:
         """Allocate the KV cache."""
         self._loaded.start(num_blocks)
 
-    def execute_first(self, step: StepInput) -> "StageMessage | bytes":
+    def execute_first(self, step: bytes) -> "StageMessage | bytes":
         """Compute the first stage's part of a step, for the transport by compiled graphs.
+
+        Args:
+            step: A `StepInput`, pickled, which takes less of the time between two steps than Ray's own pickler.
 
         Returns:
             The message to the next stage, or the `StepOutput` of the last one, pickled: as an object its arrays would
             be views of the graph's buffer, which cannot be written to before they are gone, and they must not outlive.
         """
-        return _own_memory(self._loaded.execute_first(step))
+        return _own_memory(self._loaded.execute_first(pickle.loads(step)))
 
     def execute(self, message: "StageMessage") -> "StageMessage | bytes":
         """Compute this stage's part of a step; see `execute_first`."""

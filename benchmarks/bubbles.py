@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import ray
@@ -109,7 +110,8 @@ async def started(config: EngineConfig, transport: str) -> AsyncIterator[tuple[P
     group = placement_group([stage_bundle(config)] * num_stages)
     stages = StageGroup(config, placement_group=group, first_bundle=0)
     try:
-        num_blocks = await stages.start()
+        with patch("rayserve_sarathi.actors.stage_group.num_rank_threads", return_value=1):
+            num_blocks = await stages.start()
         way: Transport = load("transport", transport, TRANSPORTS)(
             stages,
             config,

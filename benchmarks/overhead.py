@@ -4,7 +4,9 @@ python benchmarks/overhead.py [--quick] [--json PATH]
 
 First, decodes of a model whose steps take about 20 ms on a stage of one thread, with one stage and with two, by each
 transport: the time from the end of a step to the end of the next over the time that the slowest stage computed, median
-and P99. With two stages there are twice as many decodes, so that both always have a step.
+and P99. With two stages there are twice as many decodes, so that both always have a step. Beside it what the same would
+be if steps with the same times at each stage had followed each other at once, as stages wait for each other where their
+times vary; and what it is of as many bare threads that only compute and tell an event loop, which is late at times.
 
 Then 128 streams through HTTP of a server as `make serve` starts it, of a small model: CPU time of all processes but the
 client's and the stage's, which computes, by streamed token.
@@ -19,8 +21,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from bubbles import MODEL, ray_cluster, started  # noqa: E402  where it is is set above
@@ -34,17 +40,20 @@ from rayserve_sarathi.config import EngineConfig, SchedulerConfig  # noqa: E402
 from rayserve_sarathi.engine import Engine, RebuildLimit, make_scheduler  # noqa: E402
 from rayserve_sarathi.models.resolve import resolve_model  # noqa: E402
 from rayserve_sarathi.request import RequestOutput, SamplingParams  # noqa: E402
+from rayserve_sarathi.step_log import StepRecord  # noqa: E402
 from tests.actors.cluster import Server, serve_run  # noqa: E402
 
 NUM_DECODES = 4
 PROMPT_TOKENS = 32
 NUM_STREAMS, STREAM_TOKENS = 128, 200
+_BARE_ROWS = 1024
+"""A product of so many rows and columns takes some 20 ms."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def make_config(folder: Path, *, num_stages: int) -> EngineConfig:
     """Return the engine's settings; the model's description goes into `folder`."""
-    model = {**MODEL, "num_hidden_layers": 10 * num_stages}
+    model = {**MODEL, "num_hidden_layers": 11 * num_stages}
     (folder / "config.json").write_text(json.dumps(model))
     return EngineConfig(
         model=str(folder),
@@ -85,14 +94,54 @@ async def measure_steps(config: EngineConfig, transport: str, *, num_steps: int)
     records = records[len(records) // 10 :]
     walls = [after.back_s - before.back_s for before, after in itertools.pairwise(records)]
     computes = [max(end_s - start_s for _, start_s, end_s in step.stages) for step in records[1:]]
-    ratios = [wall / compute for wall, compute in zip(walls, computes, strict=True)]
+    perfect_walls = [after - before for before, after in itertools.pairwise(_pass_at_once(records))]
     return {
         "step_ms": 1e3 * statistics.median(walls),
         "stage_ms": 1e3 * statistics.median(computes),
         "decodes_of_a_step": statistics.median(step.num_decodes for step in records),
-        "ratio_p50": statistics.median(ratios),
-        "ratio_p99": statistics.quantiles(ratios, n=100)[98],
+        **_quantiles_of_ratios("ratio", walls, computes),
+        **_quantiles_of_ratios("perfect", perfect_walls, computes),
     }
+
+
+def _quantiles_of_ratios(name: str, walls: Sequence[float], computes: Sequence[float]) -> dict[str, Figure]:
+    ratios = [wall / compute for wall, compute in zip(walls, computes, strict=True)]
+    return {f"{name}_p50": statistics.median(ratios), f"{name}_p99": statistics.quantiles(ratios, n=100)[98]}
+
+
+def _pass_at_once(records: Sequence[StepRecord]) -> list[float]:
+    """Return when each step would come back if nothing but stages took time, all decodes being in so many steps."""
+    backs: list[float] = []
+    free_s = [0.0] * len(records[0].stages)
+    for index, record in enumerate(records):
+        now_s = backs[index - len(free_s)] if index >= len(free_s) else 0.0
+        for stage, (_, start_s, end_s) in enumerate(record.stages):
+            now_s = free_s[stage] = max(now_s, free_s[stage]) + end_s - start_s
+        backs.append(now_s)
+    return backs
+
+
+async def measure_bare_threads(num_threads: int, *, num_steps: int) -> dict[str, Figure]:
+    """Return the same figures of threads that compute some 20 ms again and again, and tell the event loop."""
+    loop = asyncio.get_running_loop()
+    computes: list[list[float]] = [[] for _ in range(num_threads)]
+    backs: list[list[float]] = [[] for _ in range(num_threads)]
+
+    def compute(index: int) -> None:
+        torch.set_num_threads(1)
+        matrix = torch.ones(_BARE_ROWS, _BARE_ROWS)
+        product = torch.empty_like(matrix)
+        for _ in range(num_steps):
+            start_s = time.monotonic()
+            torch.mm(matrix, matrix, out=product)
+            computes[index].append(time.monotonic() - start_s)
+            loop.call_soon_threadsafe(lambda: backs[index].append(time.monotonic()))
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        await asyncio.gather(*(loop.run_in_executor(threads, compute, index) for index in range(num_threads)))
+    walls = [after - before for told in backs for before, after in itertools.pairwise(told)]
+    alone = [time_s for times_s in computes for time_s in times_s[1:]]
+    return {"stage_ms": 1e3 * statistics.median(alone), **_quantiles_of_ratios("ratio", walls, alone)}
 
 
 def measure_tokens(*, num_rounds: int) -> dict[str, Figure]:
@@ -152,6 +201,7 @@ async def measure_transports(folder: Path, *, num_steps: int) -> dict[str, Figur
     """Measure each transport with one stage and with two."""
     figures: dict[str, Figure] = {}
     for num_stages in (1, 2):
+        figures[f"{num_stages} bare"] = await measure_bare_threads(num_stages, num_steps=num_steps)
         config = make_config(folder, num_stages=num_stages)
         for transport in ("inline", *TRANSPORTS):
             name = f"{num_stages} stage{'s' if num_stages > 1 else ''}, {transport}"

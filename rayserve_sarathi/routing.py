@@ -131,7 +131,13 @@ class PipelineChooser:
             pipeline.sent = deque(sent for sent in pipeline.sent if sent.call.num_open and not report.knows(sent.call))
 
     def choose(self, names: Sequence[str], prompts: Sequence[Prompt], *, call: Call | None) -> str:
-        """Return which of `names` (at least one) is to compute prompts; those of a call count as sent there."""
+        """Return which of `names` (at least one) is to compute the prompts.
+
+        Args:
+            names: Pipelines that take calls.
+            prompts: What is to be computed; none if something is only asked.
+            call: What brings the prompts, which then count as sent there; None if something is only asked.
+        """
         now_s = self._clock()
         for name in names:
             self._forget_old(self._pipelines.setdefault(name, _Pipeline()), now_s)

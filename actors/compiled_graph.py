@@ -72,9 +72,8 @@ class CompiledGraphTransport:
             try:
                 if self._graph is None:
                     await self._compile()
-                self._inside.put_nowait(
-                    (step, await self._graph.execute_async(pickle.dumps(step, pickle.HIGHEST_PROTOCOL)))
-                )
+                message = pickle.dumps(step, pickle.HIGHEST_PROTOCOL)
+                self._inside.put_nowait((step, await self._graph.execute_async(message)))
             except _GRAPH_ERRORS as error:
                 raise _fault(error) from error
 

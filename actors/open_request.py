@@ -69,6 +69,8 @@ class OpenRequest:
         """Travel with a call, and count in it what comes of this request."""
         self._call = call
         self._is_answered = False
+        call.num_waiting += 1
+        call.num_open += 1
 
     def leave_call(self) -> None:
         """Count as neither waiting nor open any longer."""

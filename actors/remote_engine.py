@@ -237,7 +237,7 @@ class RemoteEngine:
         if not sent:
             return
         try:
-            call = Call(self._ingress, next(self._call_numbers), num_waiting=len(sent), num_open=len(sent))
+            call = Call(self._ingress, next(self._call_numbers))
             for request in sent.values():
                 request.join(call)
             answer = self._scheduler.submit.remote(call, [request.submission() for request in sent.values()])

@@ -110,6 +110,7 @@ async def started(config: EngineConfig, transport: str) -> AsyncIterator[tuple[P
     group = placement_group([stage_bundle(config)] * num_stages)
     stages = StageGroup(config, placement_group=group, first_bundle=0)
     try:
+        # However many cores there are.
         with patch("rayserve_sarathi.actors.stage_group.num_rank_threads", return_value=1):
             num_blocks = await stages.start()
         way: Transport = load("transport", transport, TRANSPORTS)(

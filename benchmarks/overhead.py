@@ -201,10 +201,11 @@ async def measure_transports(folder: Path, *, num_steps: int) -> dict[str, Figur
     """Measure each transport with one stage and with two."""
     figures: dict[str, Figure] = {}
     for num_stages in (1, 2):
-        figures[f"{num_stages} bare"] = await measure_bare_threads(num_stages, num_steps=num_steps)
+        plural = "s" if num_stages > 1 else ""
+        figures[f"{num_stages} bare thread{plural}"] = await measure_bare_threads(num_stages, num_steps=num_steps)
         config = make_config(folder, num_stages=num_stages)
         for transport in ("inline", *TRANSPORTS):
-            name = f"{num_stages} stage{'s' if num_stages > 1 else ''}, {transport}"
+            name = f"{num_stages} stage{plural}, {transport}"
             figures[name] = await measure_steps(replace(config, transport=transport), transport, num_steps=num_steps)
     return figures
 

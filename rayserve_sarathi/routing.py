@@ -41,14 +41,15 @@ class Prompt:
 class Call:
     """One call that brings requests; an ingress numbers its calls from 1, to whichever pipeline they go.
 
-    The ingress counts down as answers come, which the router of its process sees; a pipeline gets a copy.
+    The ingress counts its requests as they join and are answered, which the router of its process sees; a pipeline gets
+    a copy.
     """
 
     ingress: str
     number: int
-    num_waiting: int
+    num_waiting: int = 0
     """Requests without an output."""
-    num_open: int
+    num_open: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,9 @@
 import asyncio
 import logging
 import re
-import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from rayserve_sarathi.engine import Engine, RebuildLimit
@@ -16,83 +13,11 @@ from rayserve_sarathi.errors import EngineDeadError, PipelineFaultError
 from rayserve_sarathi.local_engine import LocalEngine, Mailboxes
 from rayserve_sarathi.request import FinishReason, RequestOutput, SamplingParams
 from rayserve_sarathi.scheduling.ahead import AHEAD_S
-from rayserve_sarathi.step import StageTiming, StepFault, StepInput, StepOutput
-from tests.factories import HashModel, expected, make_scheduler
+from rayserve_sarathi.step import StepFault, StepOutput
+from tests.factories import expected, make_scheduler
+from tests.scripted_pipeline import ScriptedPipeline
 
 PROMPT = [1, 2, 3, 4, 5]
-
-
-class ScriptedPipeline:
-    """Computes with `HashModel`; can be told to hold steps back, to fail them, or to die."""
-
-    def __init__(self) -> None:
-        self._model = HashModel(num_blocks=64, block_size=4)
-        self._inside: asyncio.Queue[StepInput] = asyncio.Queue()
-        self.may_return = asyncio.Event()
-        self.may_return.set()
-        self._num_submitted = 0
-        self._submitted = asyncio.Condition()
-        self.num_failing = 0
-        self.step_fault = StepFault(message="stage 1 failed", stage=1)
-        self.lost: PipelineFaultError | None = None
-        self.fault: PipelineFaultError | None = None
-        self.rebuilds: list[set[int]] = []
-        self.rebuild_faults: list[Exception] = []
-        self.is_rebuilding = asyncio.Event()
-        self.may_rebuild = asyncio.Event()
-        self.may_rebuild.set()
-        self.is_closed = False
-
-    async def submit(self, step: StepInput) -> None:
-        self._inside.put_nowait(step)
-        async with self._submitted:
-            self._num_submitted += 1
-            self._submitted.notify_all()
-
-    async def wait_until_submitted(self, num_steps: int) -> None:
-        async with asyncio.timeout(10), self._submitted:
-            await self._submitted.wait_for(lambda: self._num_submitted >= num_steps)
-
-    async def receive(self) -> StepOutput:
-        step = await self._inside.get()
-        await self.may_return.wait()
-        if self.fault is not None:
-            raise self.fault
-        if self.num_failing:
-            self.num_failing -= 1
-            return StepOutput(
-                step_id=step.step_id,
-                epoch=step.epoch,
-                token_ids=np.empty(0, np.int32),
-                fault=self.step_fault,
-            )
-        return replace(self._model.run(step), timings=self._time_stages())
-
-    def _time_stages(self) -> tuple[StageTiming, ...]:
-        """Each stage's clock is its own."""
-        now_s = time.monotonic()
-        return tuple(
-            StageTiming(stage=stage, receive_s=clock_s + now_s, start_s=clock_s + now_s, end_s=clock_s + now_s)
-            for stage, clock_s in enumerate((1000.0, -1000.0))
-        )
-
-    async def rebuild(self, broken: Collection[int]) -> None:
-        self.rebuilds.append(set(broken))
-        self.is_rebuilding.set()
-        await self.may_rebuild.wait()
-        if self.rebuild_faults:
-            raise self.rebuild_faults.pop()
-        self._inside = asyncio.Queue()
-        self._model = HashModel(num_blocks=64, block_size=4)
-        self.fault = None
-        self.lost = None
-
-    async def check_health(self) -> None:
-        if fault := self.fault or self.lost:
-            raise fault
-
-    async def close(self) -> None:
-        self.is_closed = True
 
 
 @asynccontextmanager
@@ -101,22 +26,6 @@ async def running(**settings: object) -> AsyncIterator[tuple[LocalEngine, Script
     scheduler = make_scheduler(**settings)  # type: ignore[arg-type]
     async with LocalEngine(scheduler, pipeline, eos_token_ids=(), model_name="m") as engine:
         yield engine, pipeline
-
-
-async def test_the_step_after_a_long_one_is_submitted_before_that_comes_back():
-    async with running(is_async=True) as (engine, pipeline):
-        pipeline.may_return.clear()
-        first = asyncio.create_task(collect(engine, "first", max_tokens=1))
-        await pipeline.wait_until_submitted(1)
-        await asyncio.sleep(2 * AHEAD_S)  # so long steps take here, as far as is known
-        pipeline.may_return.set()
-        await first
-        pipeline.may_return.clear()
-        second = asyncio.create_task(collect(engine, "second", max_tokens=2))
-        await pipeline.wait_until_submitted(3)
-        pipeline.may_return.set()
-
-        assert tokens_of(await second) == expected(PROMPT, 2)
 
 
 class Supervised:
@@ -180,6 +89,22 @@ async def test_a_request_that_comes_while_a_step_is_out_is_submitted_at_once():
         pipeline.may_return.set()
 
         assert tokens_of(await first) == tokens_of(await second) == expected(PROMPT, 6)
+
+
+async def test_the_step_after_a_long_one_is_submitted_before_that_comes_back():
+    async with running(is_async=True) as (engine, pipeline):
+        pipeline.may_return.clear()
+        first = asyncio.create_task(collect(engine, "first", max_tokens=1))
+        await pipeline.wait_until_submitted(1)
+        await asyncio.sleep(2 * AHEAD_S)  # so long steps take here, as far as is known
+        pipeline.may_return.set()
+        await first
+        pipeline.may_return.clear()
+        second = asyncio.create_task(collect(engine, "second", max_tokens=2))
+        await pipeline.wait_until_submitted(3)
+        pipeline.may_return.set()
+
+        assert tokens_of(await second) == expected(PROMPT, 2)
 
 
 async def test_leaving_a_stream_aborts_its_request():

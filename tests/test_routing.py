@@ -40,9 +40,7 @@ class Ingress:
         """By pipeline, the last call that its last report knows of."""
 
     def choose(self, names: str, prompts: list[Prompt]) -> str:
-        self.calls.append(
-            Call("ingress", len(self.calls) + 1, num_waiting=len(prompts), num_open=len(prompts)),
-        )
+        self.calls.append(Call("ingress", len(self.calls) + 1, num_waiting=len(prompts), num_open=len(prompts)))
         return self.chooser.choose(names, prompts, call=self.calls[-1])
 
     def hear(self, reports: Mapping[str, PipelineReport], *, knowing: str) -> None:

@@ -21,8 +21,9 @@ def counts(call: Call) -> tuple[int, int]:
 
 
 def test_a_request_waits_until_its_first_output_and_is_open_until_its_last():
-    call = Call("ingress", 1, num_waiting=2, num_open=2)
+    call = Call("ingress", 1)
     first, second = sent("a", call), sent("b", call)
+    assert counts(call) == (2, 2)
     first.put(RequestOutput("a", (5,)))
     first.put(RequestOutput("a", (6,)))
     assert counts(call) == (1, 2)
@@ -35,7 +36,7 @@ def test_a_request_waits_until_its_first_output_and_is_open_until_its_last():
 
 
 def test_a_request_that_fails_or_is_closed_counts_no_longer():
-    call = Call("ingress", 1, num_waiting=2, num_open=2)
+    call = Call("ingress", 1)
     sent("a", call).fail(EngineDeadError("gone"))
     sent("b", call).leave_call()
 
@@ -43,7 +44,7 @@ def test_a_request_that_fails_or_is_closed_counts_no_longer():
 
 
 def test_a_request_that_is_sent_again_counts_in_its_new_call_alone():
-    first, second = (Call("ingress", number, num_waiting=1, num_open=1) for number in (1, 2))
+    first, second = (Call("ingress", number) for number in (1, 2))
     request = sent("a", first)
     request.put(RequestOutput("a", (5,)))
     request.begin_attempt()

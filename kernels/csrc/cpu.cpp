@@ -75,11 +75,11 @@ INLINE void relax() {
 // cores, and waking one takes longer than most of what is done between two barriers.
 class Work {
   public:
-    // Calls `run(first, end)` for parts of [0, count), `grain` long, until all of it is done.
+    // Calls `run(first, end)` for parts of [0, count), up to `grain` long, until all of it is done.
     template <class F>
     void share(int64_t count, int64_t grain, F run) {
-        for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < count;) {
-            const int64_t end = std::min(first + grain, count);
+        for (int64_t first; (first = take(count, grain)) < count;) {
+            const int64_t end = end_of(first, count, grain);
             run(first, end);
             done.fetch_add(end - first, std::memory_order_release);
         }
@@ -89,20 +89,19 @@ class Work {
     // As `share`, but a thread that seems to have lost its core is not waited for: `compute(first, end)` is called by
     // another one too, and `put(first, end)`, which is short, by whichever is done first. So what `compute` makes is to
     // be kept where no other thread looks, and may come to nothing; what it reads may change meanwhile, if all is done
-    // by then. Needs `states`, one for each part, 0 at first.
+    // by then. Needs `states`, one for each of [0, count), 0 at first.
     template <class F, class G>
     void share_again(int64_t count, int64_t grain, F compute, G put) {
         const auto start = Clock::now();
         int64_t num_mine = 0;
         auto compute_part = [&](int64_t first) {
-            const int64_t end = std::min(first + grain, count);
+            const int64_t end = end_of(first, count, grain);
             compute(first, end);
-            if (states[first / grain].exchange(PUT) == PUT) return;
+            if (states[first].exchange(PUT) == PUT) return;
             put(first, end);
             done.fetch_add(end - first, std::memory_order_release);
         };
-        for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < count; num_mine++)
-            compute_part(first);
+        for (int64_t first; (first = take(count, grain)) < count; num_mine++) compute_part(first);
         if (done.load(std::memory_order_acquire) >= count) return;
         const auto mine = Clock::now();
         const std::chrono::nanoseconds part = num_mine ? (mine - start) / num_mine : std::chrono::microseconds(25);
@@ -112,9 +111,9 @@ class Work {
                 rest(spins);
                 continue;
             }
-            for (int64_t first = 0; first < count; first += grain) {
+            for (int64_t first = 0; first < count; first = end_of(first, count, grain)) {
                 uint8_t expected = TAKEN;
-                if (states[first / grain].compare_exchange_strong(expected, TAKEN_AGAIN)) compute_part(first);
+                if (states[first].compare_exchange_strong(expected, TAKEN_AGAIN)) compute_part(first);
             }
         }
     }
@@ -123,7 +122,21 @@ class Work {
 
   private:
     using Clock = std::chrono::steady_clock;
-    enum State : uint8_t { TAKEN, TAKEN_AGAIN, PUT };  // of a part, once all are taken
+    enum State : uint8_t { TAKEN, TAKEN_AGAIN, PUT };  // of the part that begins there, once all are taken
+
+    // Where the part ends that begins at `first`. The last quarter is in ever shorter ones, so that threads end
+    // together, also where one of them gets less of its core than the others.
+    static int64_t end_of(int64_t first, int64_t count, int64_t grain) {
+        return std::min(count, first + std::clamp<int64_t>(4 * grain * (count - first) / count, 1, grain));
+    }
+
+    // Returns where a part begins that is now the caller's, or `count`.
+    int64_t take(int64_t count, int64_t grain) {
+        int64_t first = next.load(std::memory_order_relaxed);
+        while (first < count && !next.compare_exchange_weak(first, end_of(first, count, grain))) {
+        }
+        return first;
+    }
 
     // Some 100 us; then whoever else wants the core may have it.
     static void rest(int spins) {
@@ -136,7 +149,7 @@ class Work {
     std::atomic<int64_t> next{0}, done{0};
 };
 
-// Length of parts that are few enough to be worth taking, and many enough for all threads to end together.
+// Length of parts that are few enough to be worth taking, and many enough for all threads to have some.
 INLINE int64_t grain_of(int64_t count, int num_threads) { return std::max<int64_t>(1, count / (num_threads * 8)); }
 
 template <size_t... LANE>
@@ -987,8 +1000,10 @@ struct Run {
           wanted_tasks(make_tasks(layout.wanted_queries, sizes.num_heads, sizes.num_kv_heads)),
           phases(order.num_layers * PHASES) {
         if (num_threads == 1 || num_tokens > AGAIN_TOKENS) return;
-        const int64_t num_parts = std::max<int64_t>(16 * num_threads, all_tasks.size());
-        states.reset(new std::atomic<uint8_t>[(order.num_layers * std::size(LONG_PHASES) + 1) * num_parts]());
+        const int64_t most = std::max({sizes.intermediate_size, row_size(), sizes.hidden_size}) / PANEL + 1;
+        const int64_t num_parts = std::max<int64_t>(most, all_tasks.size());
+        const int64_t num_states = order.num_layers * std::size(LONG_PHASES) * num_parts;
+        states.reset(new std::atomic<uint8_t>[num_states + vocabulary.size / PANEL + 1]());
         std::atomic<uint8_t>* next = states.get();
         for (int64_t layer = 0; layer < order.num_layers; layer++)
             for (int phase : LONG_PHASES) phases[layer * PHASES + phase].states = next, next += num_parts;

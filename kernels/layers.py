@@ -9,6 +9,7 @@ query and K KV heads; H head size; P blocks in the pool; S tokens per block.
 """
 
 import ctypes
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ class StageRun:
         stream: Of the stage.
         launch: What it was told.
         step: What is to be computed; None for tokens alone, of logits.
-        out: [W, V] or [T, D] or [W, D], float32.
+        logits: [W, V] float32; None if they are not made.
         likeliest: [W].
         chosen: [W].
         kept: What else must stay in memory meanwhile.
@@ -146,7 +147,7 @@ class StageRun:
         launch: _Launch,
         step: StepArrays | None,
         *,
-        out: Tensor,
+        logits: npt.NDArray[np.float32] | None,
         likeliest: Int32Array,
         chosen: Int32Array,
         kept: tuple[object, ...],
@@ -155,8 +156,7 @@ class StageRun:
         self._launch = launch
         self._step = step
         self._kept = kept
-        self.out = out
-        """Logits of what is wanted, or without a head hidden states."""
+        self._logits = logits
         self.likeliest = likeliest
         """The first of the largest logits of each, or -1 where that is not finite, as where any is NaN."""
         self.chosen = chosen
@@ -189,6 +189,12 @@ class StageRun:
         assert fault == _WRONG_LENGTHS, f"{fault} is none of the kernel's faults"
         lens = {name: array.tolist() for name, array in step._asdict().items() if name not in _LONG}
         raise IndexError(f"{len(step.token_ids)} tokens and {len(step.block_tables)} block ids do not fit {lens}")
+
+    @property
+    def logits(self) -> Tensor:
+        """Those of what is wanted, [W, V] float32."""
+        assert self._logits is not None, "it makes none"
+        return torch.from_numpy(self._logits)
 
     @property
     def is_done(self) -> bool:
@@ -257,8 +263,12 @@ class DenseStage:
             )
         self._runs: deque[StageRun] = deque()
         """Those that may not be done, as they must stay in memory."""
-        self._stream: int = library.sarathi_open_stream(torch.get_num_threads())
-        weakref.finalize(self, library.sarathi_close_stream, self._stream)
+        self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) if hasattr(os, "eventfd") else None
+        """Counts the runs that have ended, so that an event loop can wait for them; None but on Linux."""
+        self._stream: int = library.sarathi_open_stream(
+            torch.get_num_threads(), -1 if self.ended_fd is None else self.ended_fd
+        )
+        weakref.finalize(self, _close, self._stream, self.ended_fd)
 
     def hidden(self, step: StepArrays, hidden: Tensor | None, *, sampled: Int32Array | None, last_only: bool) -> Tensor:
         """Compute all layers.
@@ -278,7 +288,7 @@ class DenseStage:
         out = torch.empty((len(step.wanted) if last_only else len(step.token_ids), self._hidden_size))
         run = self._begin(self._without_head, step, hidden, sampled, last_only=last_only, out=out, settings=None)
         run.finish()
-        return run.out
+        return out
 
     def launch(
         self, step: StepArrays, hidden: Tensor | None, *, sampled: Int32Array | None, settings: Float64Array | None
@@ -293,7 +303,7 @@ class DenseStage:
         """
         assert self._with_head is not None, "it is not the last stage"
         assert settings is None or settings.shape == (5, len(step.wanted)), f"settings of {settings.shape}"
-        out = torch.empty((len(step.wanted), self._vocab_size))
+        out = np.empty((len(step.wanted), self._vocab_size), dtype=np.float32)
         return self._begin(self._with_head, step, hidden, sampled, last_only=True, out=out, settings=settings)
 
     def draw(self, logits: Tensor, settings: Float64Array) -> Tensor:
@@ -313,7 +323,7 @@ class DenseStage:
             vocabulary=ctypes.addressof(self._with_head),
             step=_Step(num_wanted=len(logits)),
         )
-        run = self._enqueue(launch, None, out=logits, settings=settings, kept=())
+        run = self._enqueue(launch, None, out=logits, settings=settings)
         run.finish()
         return torch.from_numpy(run.chosen)
 
@@ -325,7 +335,7 @@ class DenseStage:
         sampled: Int32Array | None,
         *,
         last_only: bool,
-        out: Tensor,
+        out: Tensor | npt.NDArray[np.float32],
         settings: Float64Array | None,
     ) -> StageRun:
         if hidden is None:
@@ -334,7 +344,8 @@ class DenseStage:
             assert (hidden.device.type, hidden.dtype) == ("cpu", torch.float32), f"{hidden.device} {hidden.dtype}"
             assert hidden.shape == (len(step.token_ids), self._hidden_size), f"hidden states of {hidden.shape}"
             hidden = hidden.contiguous()
-        cos, sin = self._angles(int((step.context_lens + step.query_lens).max()))
+        # Not `max`, a function in Python: this is done between two steps.
+        cos, sin = self._angles(int(np.maximum.reduce(step.context_lens + step.query_lens)))
         packed = np.concatenate(step, dtype=np.int32)
         *starts, _ = accumulate((4 * len(array) for array in step), initial=packed.ctypes.data)
         places: dict[str, int | None] = dict(zip(step._fields, starts, strict=True))
@@ -359,28 +370,37 @@ class DenseStage:
                 num_sampled=0 if sampled is None else len(sampled),
             ),
         )
-        return self._enqueue(launch, step, out=out, settings=settings, kept=(hidden, cos, sin, packed, sampled))
+        return self._enqueue(launch, step, hidden, cos, sin, packed, sampled, out=out, settings=settings)
 
     def _enqueue(
         self,
         launch: _Launch,
         step: StepArrays | None,
-        *,
-        out: Tensor,
+        *kept: object,
+        out: Tensor | npt.NDArray[np.float32],
         settings: Float64Array | None,
-        kept: tuple[object, ...],
     ) -> StageRun:
-        likeliest, chosen = np.zeros((2, launch.step.num_wanted), dtype=np.int32)
-        launch.out = out.data_ptr()
+        logits = None if isinstance(out, Tensor) else out
+        num_wanted = launch.step.num_wanted
+        tokens = np.zeros(2 * num_wanted, dtype=np.int32)
+        likeliest, chosen = tokens[:num_wanted], tokens[num_wanted:]
+        launch.out = out.data_ptr() if isinstance(out, Tensor) else out.ctypes.data
         launch.settings = None if settings is None else settings.ctypes.data
-        launch.likeliest, launch.chosen = likeliest.ctypes.data, chosen.ctypes.data
-        kept = (*kept, settings)
-        run = StageRun(self._stream, launch, step, out=out, likeliest=likeliest, chosen=chosen, kept=kept)
+        launch.likeliest = tokens.ctypes.data
+        launch.chosen = launch.likeliest + chosen.itemsize * num_wanted
+        kept = (*kept, out, settings)
+        run = StageRun(self._stream, launch, step, logits=logits, likeliest=likeliest, chosen=chosen, kept=kept)
         while self._runs and self._runs[0].is_done:
             self._runs.popleft()
         self._runs.append(run)
         run.launch()
         return run
+
+
+def _close(stream: int, ended_fd: int | None) -> None:
+    load_library().sarathi_close_stream(stream)
+    if ended_fd is not None:
+        os.close(ended_fd)
 
 
 def have_whole_vectors(layers: Sequence[DenseLayer], *, head_size: int) -> bool:

@@ -26,7 +26,7 @@ _TIMEOUT_S = 120.0
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-_ABI = 3
+_ABI = 4
 """Of the functions and structs in csrc/cpu.cpp, which says the same."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
@@ -37,7 +37,7 @@ _SIGNATURES = {
     "sarathi_rotary": "plpplii",
     "sarathi_silu_mul": "ppll",
     "sarathi_draw": "pllpp",
-    "sarathi_open_stream": "i",
+    "sarathi_open_stream": "ii",
     "sarathi_close_stream": "p",
     "sarathi_launch": "pp",
     "sarathi_wait": "pp",

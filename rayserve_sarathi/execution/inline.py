@@ -1,6 +1,7 @@
 """The transport without Ray: all stages in this process, for offline use, tests, and CPUs with few cores."""
 
 import asyncio
+import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 from rayserve_sarathi.config import EngineConfig
 from rayserve_sarathi.errors import EngineDeadError
 from rayserve_sarathi.execution.stage import LaunchedStep, Stage, StageMessage
+from rayserve_sarathi.kernels.layers import StageRun
 from rayserve_sarathi.models.load import resolve_device
 from rayserve_sarathi.models.parallel import join
 from rayserve_sarathi.step import StepInput, StepOutput
@@ -60,6 +62,10 @@ def make_inline_pipeline(config: EngineConfig, *, num_threads: int | None = None
     return InlinePipeline(ranks, step_timeout_s=config.step_timeout_s), num_blocks
 
 
+_Awaited = tuple[Future[StepOutput | LaunchedStep], Future[StepOutput]]
+"""A step that is launched or to be launched, and what comes of it, for which a thread waits."""
+
+
 class InlinePipeline:
     """Stages of this process, each tensor-parallel rank of them on a worker thread, or on threads of its own.
 
@@ -82,9 +88,12 @@ class InlinePipeline:
             )
             for tp_rank in range(len(ranks))
         )
-        # Waits for the device, while the next step is launched.
+        # Waits for what the event loop cannot wait for, while the next step is launched.
         self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="waiting")
-        self._inside: asyncio.Queue[tuple[Future[StepOutput | LaunchedStep], Future[StepOutput]]] = asyncio.Queue()
+        self._inside: asyncio.Queue[LaunchedStep | _Awaited] = asyncio.Queue()
+        self._ended_fd = ranks[0][0].ended_fd if len(ranks) == len(ranks[0]) == 1 else None
+        self._ended = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None  # that listens to `_ended_fd`
         self._newest: Future[StepOutput | LaunchedStep] | None = None
         """Of the last step, done when it is launched; None before the first."""
 
@@ -93,8 +102,13 @@ class InlinePipeline:
         is_launched = self._newest is None or self._newest.done()
         launched: Future[StepOutput | LaunchedStep]
         if is_launched and not self._others and self._ranks[0][0].returns_at_once(step):
+            output = self._run(step)
+            if isinstance(output, LaunchedStep) and output.run is not None and self._ended_fd is not None:
+                self._listen(self._ended_fd)
+                self._inside.put_nowait(output)
+                return
             launched = Future()
-            launched.set_result(self._run(step))
+            launched.set_result(output)
         else:
             launched = self._thread.submit(self._run, step)
         self._newest = launched
@@ -102,10 +116,14 @@ class InlinePipeline:
 
     async def receive(self) -> StepOutput:
         """Wait for the oldest step."""
-        _, future = await self._inside.get()
+        oldest = await self._inside.get()
         try:
             async with asyncio.timeout(self._step_timeout_s):
-                return await asyncio.wrap_future(future)
+                if not isinstance(oldest, LaunchedStep):
+                    return await asyncio.wrap_future(oldest[1])
+                assert oldest.run is not None, "another thread is to wait for it"
+                await self._until_done(oldest.run)
+                return oldest.wait()
         except TimeoutError:
             raise EngineDeadError(f"a step took longer than step_timeout_s={self._step_timeout_s}") from None
 
@@ -119,11 +137,31 @@ class InlinePipeline:
     async def close(self) -> None:
         """Let the threads end after the steps that they have begun."""
         while not self._inside.empty():
-            for future in self._inside.get_nowait():
-                future.cancel()
+            if not isinstance(inside := self._inside.get_nowait(), LaunchedStep):
+                for future in inside:
+                    future.cancel()
+        if self._loop is not None:
+            assert self._ended_fd is not None
+            self._loop.remove_reader(self._ended_fd)
         self._thread.submit(self._close_others)
         self._thread.shutdown(wait=False)
         self._waiting.shutdown(wait=False)
+
+    def _listen(self, ended_fd: int) -> None:
+        if self._loop is not None:
+            return
+
+        def note() -> None:
+            os.eventfd_read(ended_fd)
+            self._ended.set()
+
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(ended_fd, note)
+
+    async def _until_done(self, run: StageRun) -> None:
+        while not run.is_done:
+            self._ended.clear()
+            await self._ended.wait()
 
     def _run(self, step: StepInput) -> StepOutput | LaunchedStep:
         if not self._others:

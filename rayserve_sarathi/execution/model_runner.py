@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -48,16 +49,17 @@ class PendingOutput:
         self._sampling = sampling
         self._prompt_logprobs = prompt_logprobs
 
-    @torch.inference_mode()
     def wait(self) -> StepOutput:
         """Return the output, without timings; any thread may call it."""
-        step = self._step
-        sampled = Sampled(np.empty(0, np.int32), {}, np.empty(0, np.int64))
-        if isinstance(self._sampling, StageRun):
-            self._sampling.finish()
-            sampled = Sampled(self._sampling.chosen, {}, np.flatnonzero(self._sampling.likeliest < 0))
-        elif self._sampling is not None:
-            sampled = self._sampling.wait()
+        step, sampling = self._step, self._sampling
+        if isinstance(sampling, StageRun):
+            sampling.finish()
+            sampled = Sampled(sampling.chosen, {}, (sampling.likeliest < 0).nonzero()[0])
+        elif sampling is not None:
+            with torch.inference_mode():
+                sampled = sampling.wait()
+        else:
+            sampled = Sampled(_NONE, {}, np.empty(0, dtype=np.int64))
         bad_requests = step.sample_requests[sampled.bad_rows].tolist()
         bad_requests += [
             request
@@ -74,9 +76,9 @@ class PendingOutput:
         )
 
     @property
-    def times_s(self) -> tuple[float, float] | None:
-        """When the device began and ended, on the clock of `time.monotonic`; None if it does not tell."""
-        return self._sampling.times_s if isinstance(self._sampling, StageRun) else None
+    def run(self) -> StageRun | None:
+        """What `wait` waits for, if the C++ kernels compute it."""
+        return self._sampling if isinstance(self._sampling, StageRun) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +143,13 @@ class ModelRunner:
     @property
     def is_async(self) -> bool:
         """Whether the stage's calls return before the device has done what they ask for, if it samples."""
-        return self._decoder.device.type == "cuda" or self.is_joined
+        return self.is_joined or self._decoder.device.type == "cuda"
 
-    @torch.inference_mode()
+    @property
+    def ended_fd(self) -> int | None:
+        """See `DenseStage`; None where no kernel computes a whole step."""
+        return None if self._joined is None else self._joined.ended_fd
+
     def compute(self, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits | StageRun:
         """Compute the stage's part of a step: what the next stage needs, [T, D], or on the last one what `sample` does.
 
@@ -151,11 +157,12 @@ class ModelRunner:
             step: What to compute.
             hidden: Output of the stage before, [T, D], on the host or a GPU; None on the first stage.
         """
+        # Without torch's modes and operators where a kernel does it all: they take longer than what it is told takes.
         whole = self._whole
         if whole is not None and self.is_last and not step.prompt_logprobs:
             before = self._sampled_before(step)
             needs_logits = _needs_logits(step)
-            is_random = not needs_logits and step.sampling["temperature"].any()
+            is_random = not needs_logits and _is_any(step.sampling["temperature"])
             run = whole.launch(
                 _arrays(step, step.sample_requests),
                 hidden,
@@ -165,7 +172,7 @@ class ModelRunner:
             if not needs_logits:
                 return run
             run.finish()
-            return StepLogits(logits=run.out if len(run.out) else None, likeliest=run.likeliest)
+            return StepLogits(logits=run.logits if len(run.likeliest) else None, likeliest=run.likeliest)
         hidden = self.forward(step, hidden)
         return self.logits(step, hidden) if self.is_last else hidden
 
@@ -219,7 +226,6 @@ class ModelRunner:
                 prompt_logprobs[query.request] = reports
         return StepLogits(logits=logits, prompt_logprobs=prompt_logprobs)
 
-    @torch.inference_mode()
     def sample(self, step: StepInput, made: StepLogits | StageRun) -> PendingOutput:
         """Choose the step's new tokens; no rank waits for another here.
 
@@ -238,7 +244,10 @@ class ModelRunner:
             # On a single stage every rank embeds the tokens that the next step may have pending. They are the same, as
             # the logits are to the last bit.
             draw_by = None if self._whole is None else self._whole.draw
-            sampling = sample(made.logits, self._with_known_histories(step), likeliest=made.likeliest, draw_by=draw_by)
+            with torch.inference_mode():
+                sampling = sample(
+                    made.logits, self._with_known_histories(step), likeliest=made.likeliest, draw_by=draw_by
+                )
             self._newest = (step.step_id, sampling.token_ids)
         return PendingOutput(step, sampling if self._is_chooser else None, made.prompt_logprobs)
 
@@ -315,7 +324,12 @@ def _arrays(step: StepInput, wanted: Int32Array) -> StepArrays:
 
 def _needs_logits(step: StepInput) -> bool:
     """Return whether choosing tokens takes more than the C++ kernels do."""
-    return step.logit_bias is not None or bool(step.histories) or bool(step.sampling["has_logprobs"].any())
+    return step.logit_bias is not None or bool(step.histories) or _is_any(step.sampling["has_logprobs"])
+
+
+def _is_any(array: npt.NDArray[np.generic]) -> bool:
+    # `any` is a function in Python, and takes some times as long for a few numbers.
+    return len(array.nonzero()[0]) > 0
 
 
 def _on_host(tokens: Tensor | None) -> Int32Array | None:

@@ -49,9 +49,11 @@ class LaunchedStep(NamedTuple):
 
     Args:
         wait: Returns what comes of it; one thread, which may be another one, calls it for one step after another.
+        run: What it waits for, if the C++ kernels compute the step: see `Stage.ended_fd`.
     """
 
     wait: Callable[[], StepOutput]
+    run: StageRun | None = None
 
 
 class Stage:
@@ -134,6 +136,11 @@ class Stage:
         """Whether `launch` computes nothing of this step itself; see `ModelRunner`."""
         return self._runner is not None and self._runner.returns_at_once(step)
 
+    @property
+    def ended_fd(self) -> int | None:
+        """Counts the runs that have ended, see eventfd(2); None if nothing does, and a thread has to wait."""
+        return None if self._runner is None else self._runner.ended_fd
+
     def execute_first(self, step: StepInput) -> StageMessage | StepOutput:
         """Compute the first stage's part of a step."""
         return self.execute(StageMessage(step=step))
@@ -180,7 +187,7 @@ class Stage:
         self._leave_others(fault)
         if runner.is_last:
             finish = partial(self._finish, message, pending, fault, receive_s=receive_s, start_s=start_s)
-            return LaunchedStep(finish) if runner.is_async else finish()
+            return LaunchedStep(finish, None if pending is None else pending.run) if runner.is_async else finish()
         return StageMessage(
             step=step, hidden=hidden, timings=self._time(message, receive_s, start_s, time.monotonic()), fault=fault
         )
@@ -202,8 +209,9 @@ class Stage:
             except Exception as exception:  # as in `launch`: what a device cannot do, it tells when it is waited for
                 fault = self._make_fault(step, exception, is_stage_broken=False)
                 self._leave_others(fault)
-        times_s = None if pending is None else pending.times_s
-        start_s, end_s = times_s or (start_s, time.monotonic())
+        end_s = time.monotonic()
+        if pending is not None and pending.run is not None:
+            start_s, end_s = pending.run.times_s
         return replace(output, fault=fault, timings=self._time(message, receive_s, start_s, end_s))
 
     def _leave_others(self, fault: StepFault | None) -> None:

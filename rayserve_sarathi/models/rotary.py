@@ -54,7 +54,7 @@ class RotaryEmbedding:
         They are kept, and made anew, twice as many, when there are too few: 131,072 positions are 64 MB, which most
         deployments of a long model never need, and take less time than a step with such a context.
         """
-        if num_positions > len(self._table[0]):
+        if num_positions > self._table[0].shape[0]:
             count = max(_MIN_TABLE, 2 ** (num_positions - 1).bit_length())
             self._table = self(torch.arange(count, dtype=torch.int32, device=self._frequencies.device))
         return self._table

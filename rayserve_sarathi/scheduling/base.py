@@ -726,7 +726,8 @@ class Scheduler(ABC):
         token_ids = step_output.token_ids
         if token_ids.shape != (num_samples,):
             return f"the last stage returned tokens of shape {token_ids.shape} for {num_samples} requests"
-        if num_samples and not (token_ids.min() >= 0 and token_ids.max() < self._vocab_size):
+        known = token_ids.tolist()  # an array's own `min` and `max` are functions in Python
+        if known and not (min(known) >= 0 and max(known) < self._vocab_size):
             return f"the last stage returned a token outside of the vocabulary of {self._vocab_size}"
         return None
 

@@ -20,6 +20,10 @@ class Limits:
         """Return the least time for so much."""
         return max(num_bytes / self.bandwidth, num_operations / self.operations)
 
+    def or_better(self, other: "Limits") -> "Limits":
+        """Return the higher of two measurements: a machine that others share is slower at times."""
+        return Limits(max(self.bandwidth, other.bandwidth), max(self.operations, other.operations))
+
 
 class AttentionWork:
     """Attention of a step in one layer, its KV blocks scattered over a pool that they fill.

@@ -10,6 +10,7 @@ query and K KV heads; H head size; P blocks in the pool; S tokens per block.
 
 import ctypes
 import os
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from rayserve_sarathi.kernels.linear import Linear
 from rayserve_sarathi.kernels.native import load_library
 
 Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
 _NO_FAULT, _UNKNOWN_TOKEN, _WRONG_LENGTHS, _NO_MEMORY = range(4)
@@ -135,7 +137,7 @@ class StageRun:
         stream: Of the stage.
         launch: What it was told.
         step: What is to be computed; None for tokens alone, of logits.
-        logits: [W, V] float32; None if they are not made.
+        out: [W, V] or [T, D] or [W, D].
         likeliest: [W].
         chosen: [W].
         kept: What else must stay in memory meanwhile.
@@ -147,7 +149,7 @@ class StageRun:
         launch: _Launch,
         step: StepArrays | None,
         *,
-        logits: npt.NDArray[np.float32] | None,
+        out: Float32Array,
         likeliest: Int32Array,
         chosen: Int32Array,
         kept: tuple[object, ...],
@@ -156,7 +158,8 @@ class StageRun:
         self._launch = launch
         self._step = step
         self._kept = kept
-        self._logits = logits
+        self.out = out
+        """Logits of what is wanted, or without a head hidden states."""
         self.likeliest = likeliest
         """The first of the largest logits of each, or -1 where that is not finite, as where any is NaN."""
         self.chosen = chosen
@@ -189,12 +192,6 @@ class StageRun:
         assert fault == _WRONG_LENGTHS, f"{fault} is none of the kernel's faults"
         lens = {name: array.tolist() for name, array in step._asdict().items() if name not in _LONG}
         raise IndexError(f"{len(step.token_ids)} tokens and {len(step.block_tables)} block ids do not fit {lens}")
-
-    @property
-    def logits(self) -> Tensor:
-        """Those of what is wanted, [W, V] float32."""
-        assert self._logits is not None, "it makes none"
-        return torch.from_numpy(self._logits)
 
     @property
     def is_done(self) -> bool:
@@ -263,8 +260,10 @@ class DenseStage:
             )
         self._runs: deque[StageRun] = deque()
         """Those that may not be done, as they must stay in memory."""
-        self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) if hasattr(os, "eventfd") else None
-        """Counts the runs that have ended, so that an event loop can wait for them; None but on Linux."""
+        self.ended_fd: int | None = None
+        """Counts the runs that have ended, see eventfd(2), for event loops to wait for; None but on Linux."""
+        if sys.platform == "linux":
+            self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stream: int = library.sarathi_open_stream(
             torch.get_num_threads(), -1 if self.ended_fd is None else self.ended_fd
         )
@@ -285,10 +284,11 @@ class DenseStage:
         Raises:
             IndexError: A token is not in the vocabulary, or the arrays' lengths do not fit each other.
         """
-        out = torch.empty((len(step.wanted) if last_only else len(step.token_ids), self._hidden_size))
+        num_rows = len(step.wanted) if last_only else len(step.token_ids)
+        out = np.empty((num_rows, self._hidden_size), dtype=np.float32)
         run = self._begin(self._without_head, step, hidden, sampled, last_only=last_only, out=out, settings=None)
         run.finish()
-        return out
+        return torch.from_numpy(run.out)
 
     def launch(
         self, step: StepArrays, hidden: Tensor | None, *, sampled: Int32Array | None, settings: Float64Array | None
@@ -323,7 +323,7 @@ class DenseStage:
             vocabulary=ctypes.addressof(self._with_head),
             step=_Step(num_wanted=len(logits)),
         )
-        run = self._enqueue(launch, None, out=logits, settings=settings)
+        run = self._enqueue(launch, None, out=logits.numpy(), settings=settings)
         run.finish()
         return torch.from_numpy(run.chosen)
 
@@ -335,7 +335,7 @@ class DenseStage:
         sampled: Int32Array | None,
         *,
         last_only: bool,
-        out: Tensor | npt.NDArray[np.float32],
+        out: Float32Array,
         settings: Float64Array | None,
     ) -> StageRun:
         if hidden is None:
@@ -377,19 +377,18 @@ class DenseStage:
         launch: _Launch,
         step: StepArrays | None,
         *kept: object,
-        out: Tensor | npt.NDArray[np.float32],
+        out: Float32Array,
         settings: Float64Array | None,
     ) -> StageRun:
-        logits = None if isinstance(out, Tensor) else out
         num_wanted = launch.step.num_wanted
         tokens = np.zeros(2 * num_wanted, dtype=np.int32)
         likeliest, chosen = tokens[:num_wanted], tokens[num_wanted:]
-        launch.out = out.data_ptr() if isinstance(out, Tensor) else out.ctypes.data
+        launch.out = out.ctypes.data
         launch.settings = None if settings is None else settings.ctypes.data
         launch.likeliest = tokens.ctypes.data
         launch.chosen = launch.likeliest + chosen.itemsize * num_wanted
-        kept = (*kept, out, settings)
-        run = StageRun(self._stream, launch, step, logits=logits, likeliest=likeliest, chosen=chosen, kept=kept)
+        kept = (*kept, settings)
+        run = StageRun(self._stream, launch, step, out=out, likeliest=likeliest, chosen=chosen, kept=kept)
         while self._runs and self._runs[0].is_done:
             self._runs.popleft()
         self._runs.append(run)

@@ -246,8 +246,9 @@ def main() -> None:
             sys.stdout.write(f"{name}, round {number + 1}, {engine}: {measured}\n")
             sys.stdout.flush()
         limits = limits.or_better(measure_limits())
-        figures |= {"bandwidth_gb_per_s": limits.bandwidth / 1e9, "gflop_per_s": limits.operations / 1e9}
         figures[name] = {
+            "bandwidth_gb_per_s": limits.bandwidth / 1e9,
+            "gflop_per_s": limits.operations / 1e9,
             "limit": {workload.name: limit_of(workload, model, limits) for workload in workloads},
             **{engine: median_of(several) for engine, several in rounds.items() if several},
             "failed": failures,

@@ -94,7 +94,7 @@ class Work {
     template <class F, class G>
     void share_again(int64_t count, int64_t grain, F compute, G put) {
         const auto start = Clock::now();
-        int64_t num_mine = 0;
+        int64_t mine = 0;
         auto compute_part = [&](int64_t first) {
             const int64_t end = end_of(first, count, grain);
             compute(first, end);
@@ -102,13 +102,16 @@ class Work {
             put(first, end);
             done.fetch_add(end - first, std::memory_order_release);
         };
-        for (int64_t first; (first = take(count, grain)) < count; num_mine++) compute_part(first);
+        for (int64_t first; (first = take(count, grain)) < count;) {
+            compute_part(first);
+            mine += end_of(first, count, grain) - first;
+        }
         if (done.load(std::memory_order_acquire) >= count) return;
-        const auto mine = Clock::now();
-        const std::chrono::nanoseconds part = num_mine ? (mine - start) / num_mine : std::chrono::microseconds(25);
+        const auto waiting = Clock::now();
+        const std::chrono::nanoseconds part = mine ? (waiting - start) * grain / mine : std::chrono::microseconds(25);
         const auto patience = std::chrono::microseconds(5) + 2 * part;
         for (int spins = 0; done.load(std::memory_order_acquire) < count; spins++) {
-            if (spins % 64 || Clock::now() - mine < patience) {
+            if (spins % 64 || Clock::now() - waiting < patience) {
                 rest(spins);
                 continue;
             }
@@ -1144,7 +1147,8 @@ class Stream {
 #ifdef __linux__
         if (ended_fd < 0) return;
         const uint64_t one = 1;
-        if (write(ended_fd, &one, sizeof one)) return;  // fails only where it has told of 2^64 ends that nobody read
+        // Fails only where the counter is full, and then whoever listens has been told.
+        [[maybe_unused]] const ssize_t written = write(ended_fd, &one, sizeof one);
 #endif
     }
 

@@ -62,8 +62,8 @@ def make_inline_pipeline(config: EngineConfig, *, num_threads: int | None = None
     return InlinePipeline(ranks, step_timeout_s=config.step_timeout_s), num_blocks
 
 
-_Awaited = tuple[Future[StepOutput | LaunchedStep], Future[StepOutput]]
-"""A step that is launched or to be launched, and what comes of it, for which a thread waits."""
+_Launched = StepOutput | LaunchedStep
+"""A step that all stages have, or the output of one that needed no device."""
 
 
 class InlinePipeline:
@@ -90,40 +90,29 @@ class InlinePipeline:
         )
         # Waits for what the event loop cannot wait for, while the next step is launched.
         self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="waiting")
-        self._inside: asyncio.Queue[LaunchedStep | _Awaited] = asyncio.Queue()
-        self._ended_fd = ranks[0][0].ended_fd if len(ranks) == len(ranks[0]) == 1 else None
-        self._ended = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None  # that listens to `_ended_fd`
-        self._newest: Future[StepOutput | LaunchedStep] | None = None
-        """Of the last step, done when it is launched; None before the first."""
+        self._inside: asyncio.Queue[_Launched | Future[_Launched]] = asyncio.Queue()
+        self._newest: Future[_Launched] | None = None
+        """Of the last step that a worker thread launches or has launched."""
+        self._ended = _Ended(ranks[0][-1].ended_fd)
 
     async def submit(self, step: StepInput) -> None:
         """Give the step to the stages, or queue it for the worker threads."""
         is_launched = self._newest is None or self._newest.done()
-        launched: Future[StepOutput | LaunchedStep]
         if is_launched and not self._others and self._ranks[0][0].returns_at_once(step):
-            output = self._run(step)
-            if isinstance(output, LaunchedStep) and output.run is not None and self._ended_fd is not None:
-                self._listen(self._ended_fd)
-                self._inside.put_nowait(output)
-                return
-            launched = Future()
-            launched.set_result(output)
+            self._inside.put_nowait(self._run(step))
         else:
-            launched = self._thread.submit(self._run, step)
-        self._newest = launched
-        self._inside.put_nowait((launched, self._waiting.submit(_wait, launched)))
+            self._newest = self._thread.submit(self._run, step)
+            self._inside.put_nowait(self._newest)
 
     async def receive(self) -> StepOutput:
         """Wait for the oldest step."""
-        oldest = await self._inside.get()
+        launched = await self._inside.get()
         try:
             async with asyncio.timeout(self._step_timeout_s):
-                if not isinstance(oldest, LaunchedStep):
-                    return await asyncio.wrap_future(oldest[1])
-                assert oldest.run is not None, "another thread is to wait for it"
-                await self._until_done(oldest.run)
-                return oldest.wait()
+                if isinstance(launched, LaunchedStep) and launched.run is not None and self._ended.can_be_heard:
+                    await self._ended.wait(launched.run)
+                    return launched.wait()
+                return await asyncio.wrap_future(self._waiting.submit(_wait, launched))
         except TimeoutError:
             raise EngineDeadError(f"a step took longer than step_timeout_s={self._step_timeout_s}") from None
 
@@ -135,35 +124,16 @@ class InlinePipeline:
         """Return: threads of this process are as alive as the caller."""
 
     async def close(self) -> None:
-        """Let the threads end after the steps that they have begun."""
+        """Let the threads end after the steps that they have begun; nobody may be in `receive`."""
         while not self._inside.empty():
-            if not isinstance(inside := self._inside.get_nowait(), LaunchedStep):
-                for future in inside:
-                    future.cancel()
-        if self._loop is not None:
-            assert self._ended_fd is not None
-            self._loop.remove_reader(self._ended_fd)
+            if isinstance(launched := self._inside.get_nowait(), Future):
+                launched.cancel()
+        self._ended.close()
         self._thread.submit(self._close_others)
         self._thread.shutdown(wait=False)
         self._waiting.shutdown(wait=False)
 
-    def _listen(self, ended_fd: int) -> None:
-        if self._loop is not None:
-            return
-
-        def note() -> None:
-            os.eventfd_read(ended_fd)
-            self._ended.set()
-
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(ended_fd, note)
-
-    async def _until_done(self, run: StageRun) -> None:
-        while not run.is_done:
-            self._ended.clear()
-            await self._ended.wait()
-
-    def _run(self, step: StepInput) -> StepOutput | LaunchedStep:
+    def _run(self, step: StepInput) -> _Launched:
         if not self._others:
             return _launch_stages(self._ranks[0], step)
         others = [
@@ -179,7 +149,41 @@ class InlinePipeline:
             thread.shutdown(wait=False)
 
 
-def _launch_stages(stages: Sequence[Stage], step: StepInput) -> StepOutput | LaunchedStep:
+class _Ended:
+    """Lets an event loop wait for runs of the C++ kernels, of which one waits at a time.
+
+    Args:
+        fd: See `Stage.ended_fd`.
+    """
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        self._event = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None  # that listens
+
+    @property
+    def can_be_heard(self) -> bool:
+        return self._fd is not None
+
+    async def wait(self, run: StageRun) -> None:
+        assert self._fd is not None, "nobody tells"
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._fd, self._note, self._fd)
+        while not run.is_done:
+            self._event.clear()
+            await self._event.wait()
+
+    def close(self) -> None:
+        if self._loop is not None and self._fd is not None:
+            self._loop.remove_reader(self._fd)
+
+    def _note(self, fd: int) -> None:
+        os.eventfd_read(fd)
+        self._event.set()
+
+
+def _launch_stages(stages: Sequence[Stage], step: StepInput) -> _Launched:
     message: StageMessage | StepOutput | LaunchedStep = StageMessage(step=step)
     for stage in stages:
         assert isinstance(message, StageMessage)
@@ -193,6 +197,6 @@ def _run_stages(stages: Sequence[Stage], step: StepInput) -> StepOutput:
     return launched.wait() if isinstance(launched, LaunchedStep) else launched
 
 
-def _wait(launched: Future[StepOutput | LaunchedStep]) -> StepOutput:
-    output = launched.result()
+def _wait(launched: _Launched | Future[_Launched]) -> StepOutput:
+    output = launched.result() if isinstance(launched, Future) else launched
     return output.wait() if isinstance(output, LaunchedStep) else output

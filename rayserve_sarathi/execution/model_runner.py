@@ -172,7 +172,7 @@ class ModelRunner:
             if not needs_logits:
                 return run
             run.finish()
-            return StepLogits(logits=run.logits if len(run.likeliest) else None, likeliest=run.likeliest)
+            return StepLogits(logits=torch.from_numpy(run.out) if len(run.out) else None, likeliest=run.likeliest)
         hidden = self.forward(step, hidden)
         return self.logits(step, hidden) if self.is_last else hidden
 

@@ -221,8 +221,9 @@ class Stage:
                 self._on_leave()
 
     def _time(self, message: StageMessage, receive_s: float, start_s: float, end_s: float) -> tuple[StageTiming, ...]:
-        """Return the timings of a step; one launched behind another began when that one ended."""
-        start_s, self._last_end_s = max(start_s, self._last_end_s), end_s
+        """Return the timings of a step; one launched behind another began when that one ended, or was seen to end."""
+        start_s = max(start_s, self._last_end_s)
+        self._last_end_s = max(start_s, end_s)
         timing = StageTiming(stage=self._index, receive_s=receive_s, start_s=start_s, end_s=self._last_end_s)
         return (*message.timings, timing)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -50,8 +51,11 @@ async def test_steps_that_wait_in_different_ways_come_back_in_order(stage: Stage
     for sampling in ([PLAIN] * 6, [PLAIN, NEEDS_LOGITS, NEEDS_LOGITS, PLAIN, PLAIN, NEEDS_LOGITS]):
         for step in steps_of(*sampling):
             await pipeline.submit(step)
+        time.sleep(0.02)  # noqa: ASYNC251  the loop is late, and whoever else waits for a step has it by now
         outputs = [await pipeline.receive() for _ in sampling]
         assert [output.step_id for output in outputs] == [*range(6)]
+        times = [each for output in outputs for timing in output.timings for each in (timing.start_s, timing.end_s)]
+        assert times == sorted(times), "they begin and end one after the other"
         assert [len(output.logprobs) for output in outputs] == [int(each is NEEDS_LOGITS) for each in sampling]
         tokens.append([output.token_ids.tolist() for output in outputs])
 

@@ -80,7 +80,7 @@ def test_they_compute_the_same_bits(tmp_path: Path, family: str, num_threads: in
             together, apart = (load(tmp_path, family, is_apart=is_apart) for is_apart in (False, True))
             ours, plain = compute(together, step), apart.compute(step, None)
             assert isinstance(plain, StepLogits) and plain.logits is not None
-            assert torch.equal(ours.logits, plain.logits)
+            assert torch.equal(torch.from_numpy(ours.out), plain.logits)
             assert ours.likeliest.tolist() == plain.logits.argmax(dim=-1).tolist()
             assert ours.chosen.tolist() == apart.sample(step, plain).wait().token_ids.tolist()
             for one, other in zip(together.kv_caches, apart.kv_caches, strict=True):
@@ -123,8 +123,8 @@ def test_only_requests_that_sample_have_logits(tmp_path: Path) -> None:
     some = compute(runner, replace(step, sample_requests=requests, sampling=step.sampling[requests]))
     none = compute(runner, replace(step, sample_requests=requests[:0], sampling=step.sampling[:0]))
 
-    torch.testing.assert_close(some.logits, everyone.logits[[0, 2]], atol=1e-5, rtol=1e-5)
-    assert len(none.logits) == len(none.chosen) == 0
+    np.testing.assert_allclose(some.out, everyone.out[[0, 2]], atol=1e-5, rtol=1e-5)
+    assert len(none.out) == len(none.chosen) == 0
 
 
 def test_likeliest_tokens_of_logits_that_are_not_finite_are_none(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_pending_tokens_are_those_of_the_step_before(tmp_path: Path) -> None:
     made = compute(runner, after([0, 0], pending))
     known = compute(runner, after(tokens[::-1], None))
 
-    assert torch.equal(made.logits, known.logits)
+    assert np.array_equal(made.out, known.out)
 
 
 def decodes(*, step_id: int, context_len: int, pending: PendingTokens | None = None) -> StepInput:
@@ -238,7 +238,7 @@ def test_a_step_that_fails_fails_no_other(tmp_path: Path) -> None:
 def test_parts_that_several_threads_compute_are_put_together_once(tmp_path: Path) -> None:
     """With many more threads than cores, some lose theirs within a part, which another one then does again."""
     steps = [make_step(num_decodes=n, decode_context=21, chunks=(), block_size=16, vocab_size=60) for n in (1, 5, 11)]
-    alone = [compute(load(tmp_path, "llama"), step).logits for step in steps]
+    alone = [compute(load(tmp_path, "llama"), step).out for step in steps]
     torch.set_num_threads(16)
     try:
         crowded = load(tmp_path, "llama")
@@ -247,7 +247,7 @@ def test_parts_that_several_threads_compute_are_put_together_once(tmp_path: Path
 
     for _ in range(300):
         for step, logits in zip(steps, alone, strict=True):
-            assert torch.equal(compute(crowded, step).logits, logits)
+            assert np.array_equal(compute(crowded, step).out, logits)
 
 
 def num_threads_of_this_process() -> int:

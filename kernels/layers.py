@@ -141,6 +141,7 @@ class StageRun:
         likeliest: [W].
         chosen: [W].
         kept: What else must stay in memory meanwhile.
+        ended_fd: Counts the stream's runs that have ended, for event loops: see eventfd(2). None but on Linux.
     """
 
     def __init__(
@@ -153,11 +154,13 @@ class StageRun:
         likeliest: Int32Array,
         chosen: Int32Array,
         kept: tuple[object, ...],
+        ended_fd: int | None,
     ) -> None:
         self._stream = stream
         self._launch = launch
         self._step = step
         self._kept = kept
+        self.ended_fd = ended_fd
         self.out = out
         """Logits of what is wanted, or without a head hidden states."""
         self.likeliest = likeliest
@@ -260,14 +263,13 @@ class DenseStage:
             )
         self._runs: deque[StageRun] = deque()
         """Those that may not be done, as they must stay in memory."""
-        self.ended_fd: int | None = None
-        """Counts the runs that have ended, see eventfd(2), for event loops to wait for; None but on Linux."""
+        self._ended_fd: int | None = None
         if sys.platform == "linux":
-            self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stream: int = library.sarathi_open_stream(
-            torch.get_num_threads(), -1 if self.ended_fd is None else self.ended_fd
+            torch.get_num_threads(), -1 if self._ended_fd is None else self._ended_fd
         )
-        weakref.finalize(self, _close, self._stream, self.ended_fd)
+        weakref.finalize(self, _close, self._stream, self._ended_fd)
 
     def hidden(self, step: StepArrays, hidden: Tensor | None, *, sampled: Int32Array | None, last_only: bool) -> Tensor:
         """Compute all layers.
@@ -344,8 +346,7 @@ class DenseStage:
             assert (hidden.device.type, hidden.dtype) == ("cpu", torch.float32), f"{hidden.device} {hidden.dtype}"
             assert hidden.shape == (len(step.token_ids), self._hidden_size), f"hidden states of {hidden.shape}"
             hidden = hidden.contiguous()
-        # Not `max`, a function in Python: this is done between two steps.
-        cos, sin = self._angles(int(np.maximum.reduce(step.context_lens + step.query_lens)))
+        cos, sin = self._angles(int((step.context_lens + step.query_lens).max()))
         packed = np.concatenate(step, dtype=np.int32)
         *starts, _ = accumulate((4 * len(array) for array in step), initial=packed.ctypes.data)
         places: dict[str, int | None] = dict(zip(step._fields, starts, strict=True))
@@ -387,8 +388,16 @@ class DenseStage:
         launch.settings = None if settings is None else settings.ctypes.data
         launch.likeliest = tokens.ctypes.data
         launch.chosen = launch.likeliest + chosen.itemsize * num_wanted
-        kept = (*kept, settings)
-        run = StageRun(self._stream, launch, step, out=out, likeliest=likeliest, chosen=chosen, kept=kept)
+        run = StageRun(
+            self._stream,
+            launch,
+            step,
+            out=out,
+            likeliest=likeliest,
+            chosen=chosen,
+            kept=(*kept, settings),
+            ended_fd=self._ended_fd,
+        )
         while self._runs and self._runs[0].is_done:
             self._runs.popleft()
         self._runs.append(run)

@@ -2,9 +2,10 @@
 
 import asyncio
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in torch's __all__
@@ -93,7 +94,7 @@ class InlinePipeline:
         self._inside: asyncio.Queue[_Launched | Future[_Launched]] = asyncio.Queue()
         self._newest: Future[_Launched] | None = None
         """Of the last step that a worker thread launches or has launched."""
-        self._ended = _Ended(ranks[0][-1].ended_fd)
+        self._ended = _Ended()
 
     async def submit(self, step: StepInput) -> None:
         """Give the step to the stages, or queue it for the worker threads."""
@@ -109,9 +110,11 @@ class InlinePipeline:
         launched = await self._inside.get()
         try:
             async with asyncio.timeout(self._step_timeout_s):
-                if isinstance(launched, LaunchedStep) and launched.run is not None and self._ended.can_be_heard:
-                    await self._ended.wait(launched.run)
-                    return launched.wait()
+                if isinstance(launched, LaunchedStep) and launched.run is not None:
+                    fd = launched.run.ended_fd
+                    if fd is not None:
+                        await self._ended.wait(launched.run, fd)
+                        return launched.wait()
                 return await asyncio.wrap_future(self._waiting.submit(_wait, launched))
         except TimeoutError:
             raise EngineDeadError(f"a step took longer than step_timeout_s={self._step_timeout_s}") from None
@@ -150,33 +153,24 @@ class InlinePipeline:
 
 
 class _Ended:
-    """Lets an event loop wait for runs of the C++ kernels, of which one waits at a time.
+    """Lets an event loop wait for one after the other of a stage's runs."""
 
-    Args:
-        fd: See `Stage.ended_fd`.
-    """
-
-    def __init__(self, fd: int | None) -> None:
-        self._fd = fd
+    def __init__(self) -> None:
         self._event = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None  # that listens
+        self._stop: Callable[[], object] | None = None
 
-    @property
-    def can_be_heard(self) -> bool:
-        return self._fd is not None
-
-    async def wait(self, run: StageRun) -> None:
-        assert self._fd is not None, "nobody tells"
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-            self._loop.add_reader(self._fd, self._note, self._fd)
+    async def wait(self, run: StageRun, fd: int) -> None:
+        if self._stop is None:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(fd, self._note, fd)
+            self._stop = partial(loop.remove_reader, fd)
         while not run.is_done:
             self._event.clear()
             await self._event.wait()
 
     def close(self) -> None:
-        if self._loop is not None and self._fd is not None:
-            self._loop.remove_reader(self._fd)
+        if self._stop is not None:
+            self._stop()
 
     def _note(self, fd: int) -> None:
         os.eventfd_read(fd)

@@ -145,11 +145,6 @@ class ModelRunner:
         """Whether the stage's calls return before the device has done what they ask for, if it samples."""
         return self.is_joined or self._decoder.device.type == "cuda"
 
-    @property
-    def ended_fd(self) -> int | None:
-        """See `DenseStage`; None where no kernel computes a whole step."""
-        return None if self._joined is None else self._joined.ended_fd
-
     def compute(self, step: StepInput, hidden: Tensor | None) -> Tensor | StepLogits | StageRun:
         """Compute the stage's part of a step: what the next stage needs, [T, D], or on the last one what `sample` does.
 
@@ -157,7 +152,7 @@ class ModelRunner:
             step: What to compute.
             hidden: Output of the stage before, [T, D], on the host or a GPU; None on the first stage.
         """
-        # Without torch's modes and operators where a kernel does it all: they take longer than what it is told takes.
+        # Where a kernel does it all, torch's modes and operators would be a good part of the time between two steps.
         whole = self._whole
         if whole is not None and self.is_last and not step.prompt_logprobs:
             before = self._sampled_before(step)
@@ -328,7 +323,7 @@ def _needs_logits(step: StepInput) -> bool:
 
 
 def _is_any(array: npt.NDArray[np.generic]) -> bool:
-    # `any` is a function in Python, and takes some times as long for a few numbers.
+    # `any` takes 1 us, as it is a function in Python, and this 0.2.
     return len(array.nonzero()[0]) > 0
 
 

@@ -49,7 +49,7 @@ class LaunchedStep(NamedTuple):
 
     Args:
         wait: Returns what comes of it; one thread, which may be another one, calls it for one step after another.
-        run: What it waits for, if the C++ kernels compute the step: see `Stage.ended_fd`.
+        run: What it waits for, if the C++ kernels compute the step, so that an event loop may wait in its place.
     """
 
     wait: Callable[[], StepOutput]
@@ -135,11 +135,6 @@ class Stage:
     def returns_at_once(self, step: StepInput) -> bool:
         """Whether `launch` computes nothing of this step itself; see `ModelRunner`."""
         return self._runner is not None and self._runner.returns_at_once(step)
-
-    @property
-    def ended_fd(self) -> int | None:
-        """Counts the runs that have ended, see eventfd(2); None if nothing does, and a thread has to wait."""
-        return None if self._runner is None else self._runner.ended_fd
 
     def execute_first(self, step: StepInput) -> StageMessage | StepOutput:
         """Compute the first stage's part of a step."""

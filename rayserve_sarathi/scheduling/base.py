@@ -182,14 +182,14 @@ class Scheduler(ABC):
         if self._pace is not None:
             self._pace.land(step.decodes, step.prefills, step.sampled_prefills, step_output, self.metrics, now_s)
         fault = step_output.fault
+        token_ids = step_output.token_ids.tolist()
         error = (
             fault.message
             if fault is not None
-            else self._find_fault(step_output, num_decodes + len(step.sampled_prefills))
+            else self._find_fault(step_output.token_ids.shape, token_ids, num_decodes + len(step.sampled_prefills))
         )
         if error is not None:
             return self._fail_step(step, error, now_s)
-        token_ids = step_output.token_ids.tolist()
         if step_output.prompt_logprobs:
             requests = [*step.decodes, *step.prefills]
             for index, entries in step_output.prompt_logprobs.items():
@@ -722,12 +722,10 @@ class Scheduler(ABC):
             if request.first_token_s is not None:
                 self.metrics.request_decode_time_s.observe(now_s - request.first_token_s)
 
-    def _find_fault(self, step_output: StepOutput, num_samples: int) -> str | None:
-        token_ids = step_output.token_ids
-        if token_ids.shape != (num_samples,):
-            return f"the last stage returned tokens of shape {token_ids.shape} for {num_samples} requests"
-        known = token_ids.tolist()  # an array's own `min` and `max` are functions in Python
-        if known and not (min(known) >= 0 and max(known) < self._vocab_size):
+    def _find_fault(self, shape: tuple[int, ...], token_ids: list[int], num_samples: int) -> str | None:
+        if shape != (num_samples,):
+            return f"the last stage returned tokens of shape {shape} for {num_samples} requests"
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
             return f"the last stage returned a token outside of the vocabulary of {self._vocab_size}"
         return None
 

@@ -1,6 +1,7 @@
 """A stage of this process: its steps come back in order, whether the event loop waits for them or a thread does."""
 
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from tests.execution.wired import TIMEOUT_S, make_stages
 from tests.servable import save_servable
 from tests.stages import Chunk, make_step
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="without a compiler a thread waits for all steps")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("c++") is None, reason="without a compiler a thread waits for all steps"
+)
 
 PLAIN = SamplingParams(temperature=0)
 NEEDS_LOGITS = SamplingParams(temperature=0, logprobs=1)
@@ -41,7 +44,7 @@ async def test_no_thread_waits_for_what_the_kernels_compute(stage: Stage) -> Non
     outputs = [await pipeline.receive() for _ in range(3)]
 
     assert [output.step_id for output in outputs] == [0, 1, 2]
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     await pipeline.close()
 
 
